@@ -1,0 +1,180 @@
+"""The records of a bank's files, validated on reading. Unknown fields are refused: they would be silently ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from feature_bank.taxonomy import Domain
+
+SCHEMA_VERSION = 1
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Record(BaseModel):
+    """The base of all records: immutable, no unknown fields, no NaN or infinity anywhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelIdentity(Record):
+    """Which model a bank was made for."""
+
+    id: str
+    revision: str | None = None
+    config_hash: Sha256
+    tokenizer_hash: Sha256
+    d_model: int = Field(gt=0)
+    n_layers: int = Field(gt=0)
+
+
+class HookRecord(Record):
+    """One hook point: the full SAE it was cut from and how well its rows stand for that SAE."""
+
+    hook_name: str
+    d_in: int = Field(gt=0)
+    d_sae: int = Field(gt=0)
+    n_selected: int = Field(gt=0)
+    sae_sha256: Sha256
+    fvu: FiniteFloat
+    """Fraction of variance unexplained by the full SAE in training form (lower is better)."""
+    l0: FiniteFloat
+    dead_fraction: Probability
+    fires_precision: Probability
+    """Of the (token, feature) pairs that the bank's rows and thresholds call active, the share active in the
+    full SAE."""
+    fires_recall: Probability
+
+
+class CorpusRecord(Record):
+    """A body of text that the bank was made from."""
+
+    name: str
+    licence: str
+    sha256: Sha256
+    rows: int = Field(ge=0)
+
+
+class Canary(Record):
+    """A short text and the mean normalised activation that each named feature must give on it."""
+
+    text: str
+    activations: dict[str, FiniteFloat] = Field(min_length=1)
+    tolerance: float = Field(gt=0.0, lt=1.0)
+    """Largest accepted relative error, ||found - recorded|| / ||recorded||."""
+
+
+class Manifest(Record):
+    """bank.json"""
+
+    schema_version: Literal[1]
+    name: str
+    version: str
+    created: str
+    tool_version: str
+    model: ModelIdentity
+    hook_points: list[HookRecord] = Field(min_length=1)
+    corpus: list[CorpusRecord]
+    canary: Canary
+    quality: dict[str, FiniteFloat] = Field(default_factory=dict)
+    files: dict[str, Sha256]
+    sha256: Sha256
+    """Of this file itself, with zeros in place of the digest; see `feature_bank.bank.seal`."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Manifest:
+        names = [hook.hook_name for hook in self.hook_points]
+        if len(set(names)) != len(names):
+            raise ValueError("hook_points names a hook point twice")
+        return self
+
+
+class Term(Record):
+    """A token or n-gram that goes with a feature: its z-score against the rest, and in how many documents it occurs."""
+
+    text: str
+    z: FiniteFloat
+    documents: int = Field(ge=0)
+
+
+class Evidence(Record):
+    """An excerpt of text written for the project on which the feature fires, and the token where it peaks."""
+
+    text: str
+    peak: str
+    activation: FiniteFloat
+
+
+class FeatureRecord(Record):
+    """One line of features.jsonl."""
+
+    id: str = Field(pattern=r"^L\d+/\d+$")
+    hook_name: str
+    layer: int = Field(ge=0)
+    index: int = Field(ge=0)
+    domains: list[Domain]
+    concepts: list[str] = Field(default_factory=list)
+    explanation: str
+    trigger_tokens: list[Term] = Field(default_factory=list)
+    ngrams: list[Term] = Field(default_factory=list)
+    promoted_tokens: list[str] = Field(default_factory=list)
+    """The tokens whose logits the decoder row raises most (logit lens)."""
+    scores: dict[str, FiniteFloat] = Field(default_factory=dict)
+    """Per domain: `auroc_<domain>`, its 95 % interval `..._low`, `..._high`, and `..._null` (labels shuffled)."""
+    threshold: FiniteFloat
+    scale: float = Field(gt=0.0)
+    """99.9th percentile of the activation on the training corpus; reported activations are divided by it."""
+    density: Probability
+    """Share of the corpus's tokens on which the feature fires."""
+    quantiles: dict[str, FiniteFloat] = Field(default_factory=dict)
+    evidence: list[Evidence] = Field(default_factory=list)
+
+
+class Pooling(Record):
+    """How per-token evidence becomes a score; see `feature_bank.heads`."""
+
+    window: int = Field(gt=0)
+    """Tokens in the causal moving average."""
+    min_tokens: int = Field(gt=0)
+    """A window's sum is divided by at least this many tokens, so that one odd token early on is not a verdict."""
+    ceiling: float = Field(gt=0.0)
+    """Normalised activations are clipped to this before they are averaged, so that no single spike decides."""
+    evidence_tokens: int = Field(gt=0)
+    """Consecutive tokens that must agree: a text's score is the best that so many tokens in a row all reach."""
+
+
+class Calibration(Record):
+    """probability = sigmoid(slope * logit + intercept)."""
+
+    slope: float = Field(gt=0.0)
+    intercept: FiniteFloat
+
+
+class HeadRecord(Record):
+    """One domain's sparse linear head over pooled features."""
+
+    features: list[str] = Field(min_length=1)
+    weights: list[FiniteFloat]
+    bias: FiniteFloat
+    calibration: Calibration
+    thresholds: dict[str, Probability]
+    """Probability at which the share of negatives named by the key (a false-positive rate) is reached."""
+    steering: list[FiniteFloat]
+    """Per feature: mean activation on the domain's text minus that elsewhere, in units of the activation itself."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> HeadRecord:
+        if not len(self.features) == len(self.weights) == len(self.steering):
+            raise ValueError("features, weights and steering must have one entry a feature")
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("features names a feature twice")
+        return self
+
+
+class Heads(Record):
+    """heads.json"""
+
+    pooling: Pooling
+    heads: dict[Domain, HeadRecord] = Field(min_length=1)
