@@ -1,0 +1,60 @@
+"""The entry point: a bank and a policy, ready to be attached to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from feature_bank.bank import Bank, shipped_bank_path
+from guard.policy import Policy
+
+if TYPE_CHECKING:
+    from guard.metrics import Metrics
+    from guard.session import AttachedGuard
+
+
+class Guard:
+    """A feature bank under a policy. One guard can be attached to several models; no sequence's state lives here."""
+
+    def __init__(self, bank: Bank, policy: Policy, metrics: Metrics | None = None) -> None:
+        from guard.metrics import Metrics
+
+        self.bank = bank
+        self.policy = policy
+        self.metrics = metrics or Metrics()
+        self.metrics.set_bank(
+            name=bank.manifest.name,
+            version=bank.manifest.version,
+            model=bank.manifest.model.id,
+            content_hash=bank.content_hash[:12],
+        )
+        self.metrics.set_policy(name=policy.name, version=policy.version, on_error=policy.on_error)
+
+    @classmethod
+    def from_bank(
+        cls,
+        path: str | Path | None = None,
+        *,
+        policy: Policy | str | Path | None = None,
+        metrics: Metrics | None = None,
+    ) -> Guard:
+        """Load and verify a bank (the shipped one by default) and a policy (a file, or the default one).
+
+        Raises BankError or PolicyError naming the file and field that is wrong.
+        """
+        bank = Bank.load(path if path is not None else shipped_bank_path())
+        if policy is None:
+            policy = Policy.default()
+        elif not isinstance(policy, Policy):
+            policy = Policy.load(policy)
+        return cls(bank, policy, metrics)
+
+    def attach(self, model: Any, tokenizer: Any) -> AttachedGuard:
+        """Hook the guard into a model; use the result as a context manager, or call its `close()`.
+
+        Raises BankError if the bank was made for another model, CanaryError if the model does not reproduce
+        the bank's recorded activations, PolicyError if the policy asks for what the bank does not hold.
+        """
+        from guard.session import AttachedGuard
+
+        return AttachedGuard(self, model, tokenizer)

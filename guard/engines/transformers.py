@@ -1,0 +1,326 @@
+"""The guard on a Hugging Face model: hooks, the mapping of rows to sequences, and what a blocked row may
+still emit.
+
+The hooks do the work whoever calls the model: `model.generate`, the loop in `guard.session`, or a plain
+forward pass. A forward pass with an empty cache begins a batch of sequences (their prompts); one token a row
+with that cache continues it. Whatever else a pass may mean is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feature_bank.layout import layout
+from guard.capture import Capture, StopForwardError
+from guard.engines.generate_options import bind_options, end_ids, refuse_unsupported
+from guard.errors import GuardError, UnsupportedGenerationError
+from guard.events import SequenceReport, Verdict
+from guard.hook_points import execution_order
+from guard.metrics import Metrics
+from guard.monitor import Monitor
+from guard.reports import count_reports, make_reports
+from guard.state import BatchState
+from guard.steering import Steering
+
+logger = logging.getLogger(__name__)
+# Finite, so that a sampler that masks the end token still has a distribution
+_FORBIDDEN = torch.finfo(torch.float16).min
+
+
+class TransformersEngine:
+    """Hooks on one model. `close()` removes every trace of them."""
+
+    def __init__(self, model: Any, tokenizer: Any, monitor: Monitor, metrics: Metrics) -> None:
+        if "generate" in vars(model):
+            raise GuardError("a guard is already attached to this model; detach it first")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.monitor = monitor
+        self.metrics = metrics
+        self.errors: list[str] = []
+        self.state: BatchState | None = None
+        self.reports: list[SequenceReport] = []
+        self.pending_ids: tuple[str, ...] = ()
+        self.end_ids = end_ids(model, tokenizer, {})
+        self._ends = self.end_ids  # of the generation in work
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._special_ids = torch.tensor(sorted(self._special), dtype=torch.long, device=monitor.device)
+        self._steers = {rule.label: rule.steer for rule in monitor.policy.rules}
+        self._hooks = monitor.encoder.hook_names
+        self._last_hook = max(self._hooks, key=execution_order)
+        self._hidden: dict[str, Tensor] = {}
+        self._input_ids: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._begins = False
+        self._judged = False
+        self._prompt_width = 0
+        self._cache: Any = None
+        self._cached = 0  # tokens a row that the cache holds after the pass in work
+        self._padded: Tensor | None = None  # the attention mask of the last pass
+        self._paused = False
+        self._stop_after_judging = False
+        self._steering: Steering | None = None
+        self._seconds = 0.0
+        self._capture = Capture(model, self._hooks, self._at_hook)
+        self._outer = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward),
+        ]
+        self._original_generate: Callable[..., Any] = model.generate
+        model.generate = self._generate
+
+    def close(self) -> None:
+        """Remove the hooks and restore `model.generate`."""
+        self._capture.close()
+        for handle in self._outer:
+            handle.remove()
+        vars(self.model).pop("generate", None)
+        self.drop()
+
+    # ---- forward passes ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this context is open, forward passes are not judged (the guard's own scoring passes)."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _before_forward(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise UnsupportedGenerationError("the guard needs input_ids; inputs_embeds cannot be mapped to tokens")
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise UnsupportedGenerationError(
+                "several sequences are packed into one row (cu_seq_lens_q); the guard needs a row for each"
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise UnsupportedGenerationError("the guard needs a 2-D attention_mask to tell padding from text")
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        self._begins = past == 0
+        self._judged = False
+        self._hidden.clear()
+        self._seconds = 0.0
+        if self._begins:
+            self._begin(ids)
+            self._cache = cache
+        else:
+            self._check_continues(ids, cache, past)
+        self._cached = past + int(ids.shape[1])
+        self._input_ids = ids
+        self._padded = mask
+        self._mask = None if mask is None else mask[:, -ids.shape[1] :].bool()
+
+    def _begin(self, ids: Tensor) -> None:
+        self._prompt_width = int(ids.shape[1])
+        pending, self.pending_ids = self.pending_ids, ()
+        if len(pending) != ids.shape[0]:
+            pending = tuple(uuid.uuid4().hex for _ in range(ids.shape[0]))
+        self.state = self.monitor.begin(pending)
+        self._steering = None
+
+    def _check_continues(self, ids: Tensor, cache: Any, past: int) -> None:
+        """Raise unless the pass adds one token to each of the sequences whose prompts were judged."""
+        state = self.state
+        known = state is not None and cache is self._cache and past == self._cached
+        if not known or state is None or len(state.request_ids) != ids.shape[0]:
+            raise UnsupportedGenerationError(
+                "this forward pass continues past_key_values whose tokens the guard has not seen, each once "
+                "and in order; start from the whole prompt"
+            )
+        if ids.shape[1] != 1:
+            raise UnsupportedGenerationError(
+                f"{ids.shape[1]} tokens a row came in one pass after the prompt; the guard judges one at a time"
+            )
+
+    def _at_hook(self, name: str, hidden: Tensor) -> Tensor | None:
+        if self._paused or self.state is None:
+            return None
+        self._hidden[name] = hidden
+        steered: Tensor | None = None
+        try:
+            if self._steering is not None and not self._begins:
+                steered = self._steering.apply(name, hidden)
+            if name == self._last_hook:
+                started = time.perf_counter()
+                self._judge(self.state)
+                self._seconds += time.perf_counter() - started
+        except Exception as e:  # noqa: BLE001  # whatever it is, the policy says what follows from it
+            self._failed(e)
+        if name == self._last_hook:
+            self._judged = True  # or the failure to do so has been dealt with
+            self._hidden.clear()
+            self.metrics.observe_step(self._seconds)
+            if self._stop_after_judging:
+                raise StopForwardError
+        return steered
+
+    def _after_forward(self, _: Any, _args: tuple[Any, ...], output: Any) -> None:
+        state = self.state
+        if self._paused or state is None:
+            return
+        if not self._judged:
+            self._failed(GuardError(f"the hook at {self._last_hook} did not fire: a forward pass was not judged"))
+        if self._cache is None:  # the model has made it in this pass
+            self._cache = getattr(output, "past_key_values", None)
+        if any(state.blocked):
+            rows = [row for row, blocked in enumerate(state.blocked) if blocked]
+            logits = output.logits if hasattr(output, "logits") else output[0]
+            logits[rows, -1, :] = _FORBIDDEN
+            logits[rows, -1, self._ends[0]] = 0.0
+
+    # ---- judging -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()  # always, since tensors of a state that began in it can be changed only in it
+    def _judge(self, state: BatchState) -> None:
+        assert self._input_ids is not None
+        if set(self._hidden) != set(self._hooks):
+            raise GuardError(f"hooks did not fire: {sorted(set(self._hooks) - set(self._hidden))}")
+        if self._begins:
+            self._judge_prompts(state)
+            return
+        acts = self.monitor.encoder.encode({name: hidden[:, 0] for name, hidden in self._hidden.items()})
+        ids = self._input_ids[:, 0]
+        state.ended |= torch.isin(ids, torch.tensor(self._ends, device=ids.device))
+        skipped = state.ended | torch.isin(ids, self._special_ids)
+        live = None if not bool(skipped.any()) else ~skipped
+        fired = self.monitor.observe_step(state, acts, live)
+        for row in range(len(state.request_ids)) if live is None else live.nonzero().flatten().tolist():
+            state.observed[row] += 1
+        self._act(fired)
+
+    def _judge_prompts(self, state: BatchState) -> None:
+        assert self._input_ids is not None
+        for row in range(self._input_ids.shape[0]):
+            ids = self._input_ids[row]
+            valid = torch.ones_like(ids, dtype=torch.bool) if self._mask is None else self._mask[row]
+            placed = layout(ids[valid].tolist(), self._special)
+            observed = torch.from_numpy(placed.observed).to(self.monitor.device)
+            segment = torch.from_numpy(placed.segment).to(self.monitor.device)[observed]
+            at = valid.nonzero().flatten()[observed]
+            acts = self.monitor.encoder.encode({name: hidden[row, at] for name, hidden in self._hidden.items()})
+            positions = observed.nonzero().flatten()
+            verdicts = self.monitor.observe_prompt(state, row, acts, segment, positions)
+            self._act([(row, verdict) for verdict in verdicts])
+
+    def _act(self, fired: Sequence[tuple[int, Verdict]]) -> None:
+        """Put steering into force. A block needs nothing here: `_after_forward` leaves the row only its end."""
+        assert self.state is not None
+        for row, verdict in fired:
+            self.metrics.count_verdict(verdict)
+            if verdict.action == "steer":
+                if self._steering is None:
+                    batch = len(self.state.request_ids)
+                    self._steering = Steering(self.monitor.bank, self.monitor.encoder, batch)
+                self._steering.steer_domain(row, verdict.domain, self._steers[verdict.rule])
+
+    def _failed(self, error: Exception) -> None:
+        """An internal error: counted, logged, and by default every sequence of the batch is stopped."""
+        on_error = self.monitor.policy.on_error
+        self.metrics.count_error(on_error)
+        self.errors.append(f"{type(error).__name__}: {error}")
+        logger.error("guard failed (%s), on_error=%s", self.errors[-1], on_error, exc_info=error)
+        if self.state is not None:
+            self.state.failed = True
+            if on_error == "block":
+                self.state.blocked = [True] * len(self.state.blocked)
+
+    # ---- generate ----------------------------------------------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers import StoppingCriteriaList
+
+        options = bind_options(self._original_generate, args, kwargs)
+        refuse_unsupported(self.model, options)
+        given = options.pop("stopping_criteria", None) or []
+        criteria = StoppingCriteriaList([*given, self._stopping_criterion()])
+        self.start()
+        self._ends = end_ids(self.model, self.tokenizer, options)
+        try:
+            output = self._original_generate(**options, stopping_criteria=criteria)
+            if isinstance(output, Tensor):
+                self.finish(output[:, self._prompt_width :])
+            else:  # its cache is the caller's: the last token is read into a copy
+                if self._cache is not None:
+                    self._cache = copy.deepcopy(self._cache)
+                self.finish(output.sequences[:, self._prompt_width :])
+            return output
+        finally:
+            self._ends = self.end_ids
+            self.drop()
+
+    def _stopping_criterion(self) -> Any:
+        from transformers import StoppingCriteria
+
+        engine = self
+
+        class Blocked(StoppingCriteria):
+            def __call__(self, input_ids: Tensor, *_: Any, **_kwargs: Any) -> Tensor:
+                blocked = engine.state.blocked if engine.state is not None else [False] * input_ids.shape[0]
+                return torch.tensor(blocked, device=input_ids.device)
+
+        return Blocked()
+
+    def start(self, request_ids: tuple[str, ...] = ()) -> None:
+        """Forget the last generation's reports and errors; the next prompts get the given ids."""
+        self.drop()
+        self.errors.clear()
+        self.reports = []
+        self.pending_ids = request_ids
+
+    @torch.inference_mode()
+    def finish(self, generated: Tensor) -> None:
+        """Judge the last tokens, which no forward pass has read, prove coverage, and write the reports.
+
+        generated: (B, n) the generated ids, finished rows padded after their end token.
+        """
+        state = self.state
+        if state is None:
+            raise GuardError("no forward pass of this generation came through the model's hooks")
+        for row, ids in enumerate(generated.tolist()):
+            ended = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))
+            state.generated[row] = sum(token not in self._special for token in ids[:ended])
+        if any(g > o for g, o in zip(state.generated, state.observed, strict=True)) and not state.failed:
+            self._read_last(generated[:, -1:].to(self.monitor.device))
+        for row, verdict in self.monitor.finish(state):
+            self._act([(row, verdict)])
+        for generated_here, observed in zip(state.generated, state.observed, strict=True):
+            if generated_here != observed and not state.failed:
+                self._failed(GuardError(f"{generated_here} tokens were generated but {observed} were observed"))
+        self.reports = make_reports(self.monitor, state)
+        count_reports(self.metrics, self.reports, failed=state.failed)
+
+    def _read_last(self, last: Tensor) -> None:
+        """Run the model over the last token of each row, up to the last hook point."""
+        extra: dict[str, Any] = {}
+        if self._padded is not None:
+            mask = torch.cat([self._padded, self._padded.new_ones(last.shape[0], 1)], dim=1)
+            extra = {"attention_mask": mask, "position_ids": mask.long().cumsum(1)[:, -1:] - 1}
+        self._stop_after_judging = True
+        try:
+            with suppress(StopForwardError):
+                self.model(input_ids=last, past_key_values=self._cache, use_cache=True, **extra)
+        finally:
+            self._stop_after_judging = False
+
+    def drop(self) -> None:
+        """Forget the sequences."""
+        self.state = None
+        self._steering = None
+        self._hidden.clear()
+        self._input_ids = self._mask = self._padded = self._cache = None

@@ -1,0 +1,122 @@
+"""What the guard says: verdicts, stream events and reports. Plain frozen records, JSON-ready through `to_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Phase = Literal["prompt", "response"]
+ActionName = Literal["allow", "flag", "steer", "block"]
+FinishReason = Literal["stop", "length", "content_filter"]
+SEVERITY: Mapping[str, int] = {"allow": 0, "flag": 1, "steer": 2, "block": 3}
+
+
+class _Record:
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain lists, dicts, numbers and strings."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]  # every subclass is a dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureHit(_Record):
+    """One feature's part in a score."""
+
+    id: str
+    layer: int
+    explanation: str
+    activation: float
+    """Mean over the window, in units of the feature's 99.9th percentile."""
+    contribution: float
+    """What it added to the domain's logit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict(_Record):
+    """A rule fired."""
+
+    request_id: str
+    phase: Phase
+    token_index: int
+    """Position of the deciding token: in the prompt's ids, or counted from the first generated token."""
+    domain: str
+    score: float
+    """Calibrated probability at the deciding token."""
+    threshold: float
+    action: ActionName
+    rule: str
+    features: tuple[FeatureHit, ...]
+    bank_version: str
+    policy_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamEvent(_Record):
+    """One step of a stream: text that is safe to show, the verdicts that came with it, and how the stream
+    ended, if it did."""
+
+    token_id: int | None
+    text: str
+    verdicts: tuple[Verdict, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceReport(_Record):
+    """All that was found in one sequence of a generation."""
+
+    request_id: str
+    action: ActionName
+    verdicts: tuple[Verdict, ...]
+    prompt_scores: Mapping[str, float]
+    """Highest probability a domain reached in the prompt."""
+    response_scores: Mapping[str, float]
+    tokens_generated: int
+    tokens_observed: int
+    """Generated tokens whose activations were judged; equal to `tokens_generated` unless a token ended the sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion(_Record):
+    """A finished guarded answer. When it was blocked, `text` is the policy's refusal text."""
+
+    text: str
+    finish_reason: FinishReason
+    report: SequenceReport
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextScore(_Record):
+    """A text judged on its own."""
+
+    scores: Mapping[str, float]
+    flagged: Mapping[str, bool]
+    action: ActionName
+    verdicts: tuple[Verdict, ...]
+    features: Mapping[str, tuple[FeatureHit, ...]]
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceToken(_Record):
+    """One token of a trace. Activations are those of the token itself, not of the window."""
+
+    index: int
+    token_id: int
+    text: str
+    observed: bool
+    scores: Mapping[str, float]
+    features: tuple[FeatureHit, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace(_Record):
+    """Token by token, what the guard saw."""
+
+    tokens: tuple[TraceToken, ...]
+    score: TextScore

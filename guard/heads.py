@@ -1,0 +1,85 @@
+"""The bank's domain heads and the policy's rules as tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from feature_bank.bank import Bank
+from guard.errors import PolicyError
+from guard.policy import Policy, Rule
+
+
+class DomainHeads:
+    """Linear heads with their calibration folded in: features (n, F) -> evidence (n, D); averaged, plus bias
+    = logits."""
+
+    def __init__(self, bank: Bank, device: torch.device) -> None:
+        self.domains = tuple(bank.heads)
+        self.pooling = bank.pooling
+        position = {feature.id: i for i, feature in enumerate(bank.features)}
+        weight = torch.zeros(len(bank.features), len(self.domains))
+        bias = torch.zeros(len(self.domains))
+        for column, domain in enumerate(self.domains):
+            head = bank.heads[domain]
+            slope = head.calibration.slope
+            for feature, value in zip(head.features, head.weights, strict=True):
+                weight[position[feature], column] = slope * value
+            bias[column] = slope * head.bias + head.calibration.intercept
+        self.weight: Float[Tensor, "F D"] = weight.to(device)
+        self.bias: Float[Tensor, " D"] = bias.to(device)
+
+    def evidence(self, feature_acts: Float[Tensor, "n F"]) -> Float[Tensor, "n D"]:
+        """What each token adds to the moving average of each domain."""
+        return feature_acts.clamp_max(self.pooling.ceiling) @ self.weight
+
+
+class BoundRule(NamedTuple):
+    """A rule with its threshold resolved against the bank."""
+
+    rule: Rule
+    domain: int
+    threshold: float  # probability
+    logit: float
+    evidence_tokens: int
+
+
+class RuleTable:
+    """The rules of one scope (prompt or response), as aligned tensors."""
+
+    def __init__(self, rules: tuple[BoundRule, ...], device: torch.device) -> None:
+        self.rules = rules
+        self.domain: Int[Tensor, " R"] = torch.tensor([r.domain for r in rules], dtype=torch.long, device=device)
+        self.logit: Float[Tensor, " R"] = torch.tensor([r.logit for r in rules], device=device)
+        self.evidence_tokens: Int[Tensor, " R"] = torch.tensor(
+            [r.evidence_tokens for r in rules], dtype=torch.long, device=device
+        )
+
+
+def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: str, device: torch.device) -> RuleTable:
+    """The policy's rules for `scope`, resolved. Raises PolicyError for a domain the bank has no head for."""
+    bound = []
+    for rule in policy.rules:
+        if scope not in rule.scope:
+            continue
+        if rule.domain not in heads.domains:
+            raise PolicyError(
+                f"rule {rule.label!r}, field 'domain': the bank has no head for {rule.domain!r}; "
+                f"it has {', '.join(heads.domains)}"
+            )
+        probability = rule.threshold.resolve(bank.heads[rule.domain])
+        clipped = min(max(probability, 1e-9), 1 - 1e-9)
+        bound.append(
+            BoundRule(
+                rule=rule,
+                domain=heads.domains.index(rule.domain),
+                threshold=probability,
+                logit=math.log(clipped / (1 - clipped)),
+                evidence_tokens=rule.evidence_tokens or bank.pooling.evidence_tokens,
+            )
+        )
+    return RuleTable(tuple(bound), device)

@@ -1,0 +1,134 @@
+"""What to do about which score: rules by domain, in a YAML file or by default."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from feature_bank.schema import HeadRecord
+from feature_bank.taxonomy import Domain
+from guard.errors import PolicyError
+from guard.events import Phase
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Threshold(_Section):
+    """Exactly one of: a calibrated probability, or a false-positive rate for which the bank holds a threshold."""
+
+    probability: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    fpr: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Threshold:
+        if (self.probability is None) == (self.fpr is None):
+            raise ValueError("give exactly one of 'probability' and 'fpr'")
+        return self
+
+    def resolve(self, head: HeadRecord) -> float:
+        """As a probability, for the given head."""
+        if self.probability is not None:
+            return self.probability
+        key = f"{self.fpr:g}"
+        if key not in head.thresholds:
+            raise PolicyError(
+                f"field 'threshold.fpr': the bank holds no threshold for a false-positive rate of {key}; "
+                f"it has {', '.join(sorted(head.thresholds))}; use one of them, or 'probability'"
+            )
+        return head.thresholds[key]
+
+
+class Steer(_Section):
+    """How to steer the domain's features, at every hook point of the bank.
+
+    add: x += strength * sum_f delta_f * W_dec[f], with delta_f the bank's mean activation difference
+    (negative strength
+         moves away from the domain); clamp: each of the domain's features is set to `value` times its scale;
+         ablate: clamp to 0. Clamp and ablate keep the SAE's error term.
+    """
+
+    op: Literal["add", "clamp", "ablate"] = "add"
+    strength: Annotated[float, Field(ge=-10.0, le=10.0)] = -1.0
+    value: Annotated[float, Field(ge=-10.0, le=10.0)] = 0.0
+
+
+class Rule(_Section):
+    """One condition and its action. Several rules for a domain escalate: the most severe that fires prevails."""
+
+    domain: Domain
+    scope: tuple[Phase, ...] = Field(default=("prompt", "response"), min_length=1)
+    threshold: Threshold
+    evidence_tokens: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Consecutive tokens that must reach the threshold (fewer if the message is shorter) before the rule
+    fires. None: the number with which the bank's thresholds were calibrated."""
+    action: Literal["flag", "steer", "block"]
+    steer: Steer = Steer()
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name by which verdicts refer to the rule."""
+        return self.name or f"{self.domain}-{self.action}"
+
+
+class Policy(_Section):
+    """A named list of rules, the refusal text, and what happens when the guard itself fails."""
+
+    name: str = "default"
+    rules: tuple[Rule, ...]
+    refusal: str = "I can't continue with this: the conversation was stopped by a safety policy."
+    on_error: Literal["block", "flag", "allow"] = "block"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Policy:
+        labels = [rule.label for rule in self.rules]
+        for position, label in enumerate(labels):
+            if labels.index(label) < position:
+                raise ValueError(
+                    f"rules {labels.index(label)} and {position} are both called {label!r}, and a verdict could not "
+                    "say which of them fired; give each a 'name'"
+                )
+        return self
+
+    @property
+    def version(self) -> str:
+        """Name and a short hash of the contents."""
+        return f"{self.name}+{hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]}"
+
+    @classmethod
+    def default(cls) -> Policy:
+        """Politics only flags; the other domains block at one false positive in a hundred."""
+        at = Threshold(fpr=0.01)
+        return cls(
+            rules=(
+                Rule(domain="politics", threshold=at, action="flag"),
+                *(Rule(domain=d, threshold=at, action="block") for d in _HARMFUL),
+            )
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Policy:
+        """Read a policy file. Raises PolicyError naming the file and the field."""
+        try:
+            data: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise PolicyError(f"policy file {str(path)!r} cannot be read: {e.strerror}") from e
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise PolicyError(f"policy file {str(path)!r} is not valid YAML: {e}") from e
+        if not isinstance(data, dict):
+            raise PolicyError(f"policy file {str(path)!r} must hold a mapping with the key 'rules'")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            first = e.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "rules"
+            raise PolicyError(f"policy file {str(path)!r}, field {field!r}: {first['msg']}") from e
+
+
+_HARMFUL: tuple[Domain, ...] = ("pornography", "violence", "terror")

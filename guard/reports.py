@@ -1,0 +1,43 @@
+"""From the state of sequences to their reports and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guard.events import SEVERITY, ActionName, SequenceReport
+from guard.metrics import Metrics
+from guard.monitor import Monitor, sigmoid
+from guard.state import BatchState
+
+
+def make_reports(monitor: Monitor, state: BatchState) -> list[SequenceReport]:
+    """The report of every sequence of a batch, in order."""
+    return [_report(monitor, state, row) for row in range(len(state.request_ids))]
+
+
+def _report(monitor: Monitor, state: BatchState, row: int) -> SequenceReport:
+    domains = monitor.domains
+    verdicts = tuple(state.verdicts[row])
+    actions: list[ActionName] = ["allow", *(verdict.action for verdict in verdicts)]
+    if state.failed and monitor.policy.on_error == "flag":
+        actions.append("flag")
+    if state.blocked[row]:
+        actions.append("block")
+    return SequenceReport(
+        request_id=state.request_ids[row],
+        action=max(actions, key=SEVERITY.__getitem__),
+        verdicts=verdicts,
+        prompt_scores={d: sigmoid(float(state.best_prompt[row, i])) for i, d in enumerate(domains)},
+        response_scores={d: sigmoid(float(state.best_response[row, i])) for i, d in enumerate(domains)},
+        tokens_generated=state.generated[row],
+        tokens_observed=state.observed[row],
+    )
+
+
+def count_reports(metrics: Metrics, reports: Sequence[SequenceReport], *, failed: bool) -> None:
+    """Add finished sequences to the metrics. failed: whether the guard itself failed while they ran."""
+    for report in reports:
+        answered = report.tokens_generated > 0
+        metrics.count_tokens(report.tokens_observed, report.tokens_generated)
+        metrics.observe_scores(report.response_scores if answered else report.prompt_scores)
+        metrics.count_request("response" if answered else "prompt", "error" if failed else report.action)

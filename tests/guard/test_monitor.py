@@ -1,0 +1,218 @@
+"""Judging token by token equals judging the whole at once; sequences and segments never touch each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from feature_bank.schema import Pooling
+from guard.errors import GuardError, PolicyError
+from guard.events import Verdict
+from guard.monitor import Monitor, sigmoid
+from guard.policy import Policy
+from tests.factories import make_policy
+from tests.guard.conftest import VARIED, MakeBank
+
+CPU = torch.device("cpu")
+RULES = [
+    {"domain": "violence", "action": "flag", "threshold": {"probability": 0.55}},
+    {"domain": "violence", "action": "block", "threshold": {"probability": 0.8}, "evidence_tokens": 5},
+    {"domain": "terror", "action": "flag", "threshold": {"probability": 0.9}, "evidence_tokens": 1},
+    {"domain": "politics", "action": "steer", "threshold": {"probability": 0.75}, "evidence_tokens": 7},
+]
+
+
+@pytest.fixture
+def monitor(bank_of: MakeBank) -> Monitor:
+    return Monitor(bank_of(**VARIED), make_policy(*RULES), CPU)
+
+
+def activations(monitor: Monitor, n: int, seed: int = 0) -> torch.Tensor:
+    """(n, F) normalised activations with slow and fast changes."""
+    generator = torch.Generator().manual_seed(seed)
+    slow = torch.rand(n // 6 + 1, monitor.encoder.n_features, generator=generator).repeat_interleave(6, 0)[:n]
+    noisy = (slow * 2 + torch.randn(n, monitor.encoder.n_features, generator=generator)).clamp_min(0)
+    return noisy * torch.tensor([f.density * 0.5 for f in monitor.bank.features])  # heads are centred there
+
+
+def keys(verdicts: list[Verdict]) -> list[tuple[str, int]]:
+    return sorted((v.rule, v.token_index) for v in verdicts)
+
+
+def whole(monitor: Monitor, acts: torch.Tensor) -> list[Verdict]:
+    segment = torch.zeros(len(acts), dtype=torch.long)
+    judged = monitor.judge(acts, segment)
+    return monitor.apply_rules(monitor.response_rules, "response", "r", judged, acts, segment, torch.arange(len(acts)))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(1, 40), seed=st.integers(0, 50))
+def test_token_by_token_equals_all_at_once(monitor: Monitor, n: int, seed: int) -> None:
+    acts = activations(monitor, n, seed)
+    state = monitor.begin(["r"])
+    streamed = [v for token in acts for _, v in monitor.observe_step(state, token[None])]
+    streamed += [v for _, v in monitor.finish(state)]
+    expected = whole(monitor, acts)
+    assert keys(streamed) == keys(expected)
+    by_rule = {v.rule: v for v in expected}
+    for verdict in streamed:
+        other = by_rule[verdict.rule]
+        assert verdict.score == pytest.approx(other.score, abs=1e-5)
+        assert [hit.id for hit in verdict.features] == [hit.id for hit in other.features]
+        assert [hit.activation for hit in verdict.features] == pytest.approx(
+            [hit.activation for hit in other.features], abs=1e-5
+        )
+    best = monitor.judge(acts, torch.zeros(n, dtype=torch.long)).agreed.amax(0)
+    torch.testing.assert_close(state.best_response[0], best, atol=1e-4, rtol=1e-4)
+    assert keys(state.verdicts[0]) == keys(expected)
+    assert state.blocked[0] == any(v.action == "block" for v in expected)
+
+
+def test_examples_fire_and_do_not_fire(monitor: Monitor) -> None:
+    """The property above is about something: among its examples every rule fires and holds still."""
+    fired = [{v.rule for v in whole(monitor, activations(monitor, 40, seed))} for seed in range(50)]
+    for rule in ("violence-flag", "violence-block", "terror-flag", "politics-steer"):
+        assert 0 < sum(rule in names for names in fired) < 50, rule
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(0, 20), min_size=2, max_size=4), seed=st.integers(0, 50))
+def test_sequences_of_a_batch_are_judged_as_if_alone(monitor: Monitor, lengths: list[int], seed: int) -> None:
+    rows = [activations(monitor, n, seed + i) for i, n in enumerate(lengths)]
+    state = monitor.begin([str(i) for i in range(len(rows))])
+    for t in range(max(lengths)):
+        live = torch.tensor([t < n for n in lengths])
+        step = torch.stack([row[t] if t < len(row) else torch.full_like(rows[0][:1].sum(0), 9.0) for row in rows])
+        monitor.observe_step(state, step, None if bool(live.all()) else live)
+    monitor.finish(state)
+    for i, row in enumerate(rows):
+        alone = monitor.begin([str(i)])
+        for token in row:
+            monitor.observe_step(alone, token[None])
+        monitor.finish(alone)
+        assert keys(state.verdicts[i]) == keys(alone.verdicts[0])
+        assert int(state.count[i]) == lengths[i]
+        torch.testing.assert_close(state.best_response[i], alone.best_response[0], atol=1e-5, rtol=1e-5)
+
+
+def test_evidence_does_not_cross_segments(monitor: Monitor) -> None:
+    acts = activations(monitor, 24, 3)
+    segment = torch.tensor([0] * 10 + [1] * 2 + [2] * 12)
+    parts = [acts[:10], acts[10:12], acts[12:]]
+    together = monitor.judge(acts, segment)
+    for number, part in enumerate(parts):
+        alone = monitor.judge(part, torch.zeros(len(part), dtype=torch.long))
+        for mine, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(mine[segment == number], other, atol=1e-5, rtol=1e-5)
+
+
+def test_prompt_verdicts_carry_the_prompts_positions(monitor: Monitor) -> None:
+    acts = activations(monitor, 30, 1)
+    segment = torch.zeros(30, dtype=torch.long)
+    state = monitor.begin(["a", "b"])
+    found = monitor.observe_prompt(state, 1, acts, segment, torch.arange(30) * 2 + 5)
+    assert found
+    assert keys(found) == sorted((v.rule, v.token_index * 2 + 5) for v in whole(monitor, acts))
+    assert {(v.phase, v.request_id) for v in found} == {("prompt", "b")}
+    assert state.verdicts[0] == []
+    assert state.best_prompt[0].eq(-math.inf).all()
+    assert monitor.observe_prompt(state, 0, acts[:0], segment[:0], segment[:0]) == []
+
+
+def test_rule_fires_once_a_sequence(monitor: Monitor) -> None:
+    acts = activations(monitor, 200, 2)
+    state = monitor.begin(["r"])
+    for token in acts:
+        monitor.observe_step(state, token[None])
+    rules = [v.rule for v in state.verdicts[0]]
+    assert len(rules) == len(set(rules)) > 0
+
+
+def test_rules_escalate_from_flag_to_block(bank_of: MakeBank) -> None:
+    rules = [
+        {"domain": "violence", "action": "flag", "evidence_tokens": 2},
+        {"domain": "violence", "action": "block", "evidence_tokens": 6},
+    ]
+    monitor = Monitor(bank_of(violence=True), make_policy(*rules), CPU)
+    state = monitor.begin(["r"])
+    for _ in range(10):
+        monitor.observe_step(state, torch.zeros(1, monitor.encoder.n_features))
+    assert [(v.action, v.token_index) for v in state.verdicts[0]] == [("flag", 1), ("block", 5)]
+    assert state.blocked == [True]
+
+
+def test_short_response_is_judged_on_all_its_tokens(bank_of: MakeBank) -> None:
+    monitor = Monitor(bank_of(violence=True), make_policy({"domain": "violence", "action": "block"}), CPU)
+    state = monitor.begin(["short", "empty"])
+    live = torch.tensor([True, False])
+    monitor.observe_step(state, torch.zeros(2, monitor.encoder.n_features), live)
+    assert state.verdicts == [[], []]
+    assert [(row, v.token_index) for row, v in monitor.finish(state)] == [(0, 0)]
+    assert state.blocked == [True, False]
+    assert monitor.finish(state) == []
+
+
+def test_verdict_is_complete_and_json_ready(monitor: Monitor) -> None:
+    import json
+
+    verdict = whole(monitor, activations(monitor, 40, 0))[0]
+    data = json.loads(json.dumps(verdict.to_dict()))
+    assert data["bank_version"] == monitor.bank.version
+    assert data["policy_version"] == monitor.policy.version
+    assert 0 <= data["threshold"] <= data["score"] <= 1
+    contributions = [hit["contribution"] for hit in data["features"]]
+    assert contributions == sorted(contributions, reverse=True)
+    assert all(value > 0 for value in contributions)
+    assert all(hit["explanation"] for hit in data["features"])
+
+
+def test_contributions_add_up_to_the_logit(monitor: Monitor) -> None:
+    acts = activations(monitor, 20, 0)
+    segment = torch.zeros(20, dtype=torch.long)
+    judged = monitor.judge(acts, segment)
+    average = monitor.window_average(acts, segment, 13)
+    for domain in range(len(monitor.domains)):
+        logit = average @ monitor.heads.weight[:, domain] + monitor.heads.bias[domain]
+        assert float(logit) == pytest.approx(float(judged.logits[13, domain]), abs=1e-4)
+
+
+def test_single_spike_is_clipped(bank_of: MakeBank) -> None:
+    pooling = Pooling(window=4, min_tokens=2, ceiling=1.5, evidence_tokens=1)
+    monitor = Monitor(bank_of(pooling=pooling, **VARIED), make_policy(), CPU)
+    acts = torch.zeros(6, monitor.encoder.n_features)
+    acts[2] = 1.5
+    spike = acts * 1e6
+    segment = torch.zeros(6, dtype=torch.long)
+    assert torch.equal(monitor.judge(acts, segment).logits, monitor.judge(spike, segment).logits)
+
+
+def test_nan_is_an_error_never_a_pass(monitor: Monitor) -> None:
+    acts = torch.full((1, monitor.encoder.n_features), math.nan)
+    with pytest.raises(GuardError, match="NaN"):
+        monitor.observe_step(monitor.begin(["r"]), acts)
+    with pytest.raises(GuardError, match="NaN"):
+        monitor.judge(acts, torch.zeros(1, dtype=torch.long))
+
+
+def test_policy_that_asks_for_what_the_bank_lacks_is_refused(bank_of: MakeBank) -> None:
+    bank = bank_of()
+    rule = {"domain": "violence", "action": "flag", "threshold": {"fpr": 0.02}}
+    with pytest.raises(PolicyError, match=r"threshold\.fpr.* 0\.02; it has 0\.001, 0\.01, 0\.05"):
+        Monitor(bank, make_policy(rule), CPU)
+
+
+def test_policy_without_rules_judges_and_stays_silent(bank_of: MakeBank) -> None:
+    monitor = Monitor(bank_of(violence=True), Policy(rules=()), CPU)
+    state = monitor.begin(["r"])
+    assert monitor.observe_step(state, torch.zeros(1, monitor.encoder.n_features)) == []
+    assert monitor.finish(state) == []
+    assert float(state.best_response[0, monitor.domains.index("violence")]) > 0
+
+
+@pytest.mark.parametrize(("logit", "probability"), [(-math.inf, 0.0), (0.0, 0.5), (800.0, 1.0), (-800.0, 0.0)])
+def test_sigmoid_is_stable(logit: float, probability: float) -> None:
+    assert sigmoid(logit) == pytest.approx(probability)

@@ -1,0 +1,98 @@
+"""Policies: the default, the file's schema, and errors that name the file and the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from feature_bank import DOMAINS
+from guard.errors import PolicyError
+from guard.policy import Policy
+
+RULE = {"domain": "violence", "threshold": {"probability": 0.8}, "action": "block"}
+
+
+def write(path: Path, data: object) -> Path:
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
+    return path
+
+
+def test_default_flags_politics_and_blocks_the_rest() -> None:
+    policy = Policy.default()
+    assert {rule.domain: rule.action for rule in policy.rules} == {
+        domain: "flag" if domain == "politics" else "block" for domain in DOMAINS
+    }
+    assert {rule.threshold.fpr for rule in policy.rules} == {0.01}
+    assert {rule.scope for rule in policy.rules} == {("prompt", "response")}
+    assert policy.on_error == "block"
+
+
+def test_file_is_read_with_its_defaults(tmp_path: Path) -> None:
+    policy = Policy.load(write(tmp_path / "p.yaml", {"name": "mine", "rules": [RULE]}))
+    assert (policy.name, policy.on_error, policy.rules[0].scope) == ("mine", "block", ("prompt", "response"))
+    assert policy.rules[0].evidence_tokens is None
+    assert policy.rules[0].label == "violence-block"
+
+
+def test_version_follows_the_contents(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    first = Policy.load(write(path, {"rules": [RULE]})).version
+    assert first == Policy.load(write(path, {"rules": [RULE], "on_error": "block"})).version
+    assert first != Policy.load(write(path, {"rules": [RULE], "on_error": "allow"})).version
+    assert first.startswith("default+")
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ({"rules": [{**RULE, "threshold": {}}]}, "rules.0.threshold"),
+        ({"rules": [{**RULE, "threshold": {"probability": 0.5, "fpr": 0.01}}]}, "rules.0.threshold"),
+        ({"rules": [{**RULE, "threshold": {"probability": 1.0}}]}, "rules.0.threshold.probability"),
+        ({"rules": [{**RULE, "threshold": {"probability": float("nan")}}]}, "rules.0.threshold.probability"),
+        ({"rules": [{**RULE, "threshold": {"fpr": 0}}]}, "rules.0.threshold.fpr"),
+        ({"rules": [{**RULE, "domain": "weather"}]}, "rules.0.domain"),
+        ({"rules": [RULE, {**RULE, "action": "shout", "name": "x"}]}, "rules.1.action"),
+        ({"rules": [{**RULE, "scope": ["prompt", "thoughts"]}]}, "rules.0.scope.1"),
+        ({"rules": [{**RULE, "scope": []}]}, "rules.0.scope"),
+        ({"rules": [{**RULE, "evidence_tokens": 0}]}, "rules.0.evidence_tokens"),
+        ({"rules": [{**RULE, "surprise": 1}]}, "rules.0.surprise"),
+        ({"rules": [{**RULE, "action": "steer", "steer": {"op": "push"}}]}, "rules.0.steer.op"),
+        ({"rules": [{**RULE, "action": "steer", "steer": {"strength": 11}}]}, "rules.0.steer.strength"),
+        ({"rules": [RULE], "on_error": "panic"}, "on_error"),
+        ({"rules": [RULE], "surprise": 1}, "surprise"),
+        ({"name": "x"}, "rules"),
+        ({"rules": [RULE, RULE]}, "rules"),
+    ],
+)
+def test_error_names_file_and_field(tmp_path: Path, data: object, field: str) -> None:
+    path = write(tmp_path / "p.yaml", data)
+    with pytest.raises(PolicyError) as error:
+        Policy.load(path)
+    assert repr(str(path)) in str(error.value)
+    assert f"field {field!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "just text", "rules: [", "!!python/object:os.system {}", "\t"])
+def test_file_that_is_no_policy_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "p.yaml", text)
+    with pytest.raises(PolicyError) as error:
+        Policy.load(path)
+    assert repr(str(path)) in str(error.value)
+
+
+def test_missing_and_binary_files_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"nowhere\.yaml"):
+        Policy.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(PolicyError, match=r"b\.yaml"):
+        Policy.load(tmp_path / "b.yaml")
+
+
+def test_rules_that_a_verdict_could_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", {"rules": [RULE, {**RULE, "scope": ["response"]}]})
+    with pytest.raises(PolicyError, match="rules 0 and 1 are both called 'violence-block'"):
+        Policy.load(path)
+    named = {"rules": [RULE, {**RULE, "scope": ["response"], "name": "late"}]}
+    assert [rule.label for rule in Policy.load(write(path, named)).rules] == ["violence-block", "late"]

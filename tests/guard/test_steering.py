@@ -1,0 +1,185 @@
+"""Steering changes exactly the chosen sequences and positions, by exactly what the operation says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from feature_bank.bank import Bank, Rows, save_bank
+from feature_bank.schema import Heads
+from guard.encoder import SelectedEncoder
+from guard.policy import Steer
+from guard.steering import Steering
+from tests.factories import HOOKS, PER_HOOK, make_bank
+
+HOOK = HOOKS[0]
+F = 2 * PER_HOOK
+
+
+@pytest.fixture
+def bank(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Bank:
+    """A bank whose features are orthogonal and tied, so that each can be set without touching another."""
+    draft = make_bank(tmp_path / "draft", tiny_model, tiny_tokenizer, fires={"violence": None})
+    d_in = tiny_model.config.hidden_size
+    basis = torch.linalg.qr(torch.randn(d_in, d_in)).Q[:PER_HOOK].numpy()
+    rows = {
+        hook: Rows(W_enc=basis.T, W_dec=basis, b_enc=part.b_enc * 0, threshold=part.threshold * 0 + 1e-3)
+        for hook, part in draft.rows.items()
+    }
+    return save_bank(
+        tmp_path / "bank",
+        manifest=draft.manifest.model_dump(exclude={"schema_version", "files", "sha256"}),
+        features=draft.features,
+        heads=Heads(pooling=draft.pooling, heads=draft.heads),  # type: ignore[arg-type]  # keys are domains
+        rows=rows,
+    )
+
+
+@pytest.fixture
+def encoder(bank: Bank) -> SelectedEncoder:
+    return SelectedEncoder(bank, torch.device("cpu"))
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    return torch.randn(3, 5, 32)
+
+
+def one(feature: int) -> torch.Tensor:
+    chosen = torch.zeros(F, dtype=torch.bool)
+    chosen[feature] = True
+    return chosen
+
+
+def applied(steering: Steering, hidden: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    result = steering.apply(HOOK, hidden, positions)
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("op", ["add", "clamp", "ablate"])
+def test_only_chosen_sequences_and_positions_change(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor, op: Any
+) -> None:
+    steering = Steering(bank, encoder, 3)
+    steering.steer_domain(1, "violence", Steer(op=op, strength=2.0, value=3.0))
+    positions = torch.tensor([[True, False, True, False, True]] * 3)
+    before = hidden.clone()
+    steered = applied(steering, hidden, positions)
+    assert torch.equal(hidden, before)  # the model's own tensor is left alone
+    changed = torch.zeros(3, 5, dtype=torch.bool)
+    changed[1] = positions[1]
+    assert torch.equal(steered[~changed], hidden[~changed])
+    moved = (steered != hidden).any(-1)
+    assert (moved & ~changed).sum() == 0
+    assert moved.any()
+    everywhere = applied(steering, hidden)
+    assert torch.equal(everywhere[[0, 2]], hidden[[0, 2]])
+    assert torch.equal(everywhere[1, positions[1]], steered[1, positions[1]])
+
+
+def test_add_moves_by_the_gains_through_the_decoder(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:
+    gains = torch.randn(F)
+    steering = Steering(bank, encoder, 3)
+    steering.add(0, gains)
+    for hook in HOOKS:
+        expected = gains[encoder.columns[hook]] @ encoder.decoder[hook]
+        moved = steering.apply(hook, hidden)
+        assert moved is not None
+        torch.testing.assert_close(moved[0] - hidden[0], expected.expand(5, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_policys_add_moves_by_strength_times_the_banks_difference(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor
+) -> None:
+    head = bank.heads["violence"]
+    steering = Steering(bank, encoder, 3)
+    steering.steer_domain(2, "violence", Steer(op="add", strength=-1.5))
+    expected = torch.zeros(32)
+    for feature, delta in zip(head.features, head.steering, strict=True):
+        record = bank.by_id[feature]
+        if record.hook_name == HOOK:
+            row = [f.id for f in bank.features if f.hook_name == HOOK].index(feature)
+            expected += -1.5 * delta * encoder.decoder[HOOK][row]
+    moved = applied(steering, hidden)[2] - hidden[2]
+    torch.testing.assert_close(moved, expected.expand(5, -1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [2.5, 0.5])
+def test_clamp_sets_the_activation_and_keeps_the_rest(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor, value: float
+) -> None:
+    steering = Steering(bank, encoder, 3)
+    steering.clamp(1, one(4), value)
+    steered = applied(steering, hidden)
+    before, after = encoder.encode_hook(HOOK, hidden[1]), encoder.encode_hook(HOOK, steered[1])
+    # A silent feature's pre-activation is not known to be 0: what is added is the difference to its activation
+    active = before[:, 4] > 0
+    assert active.any()
+    torch.testing.assert_close(after[active, 4], torch.full_like(after[active, 4], value), atol=2e-3, rtol=2e-3)
+    others = [i for i in range(PER_HOOK) if i != 4]
+    torch.testing.assert_close(after[:, others], before[:, others], atol=5e-3, rtol=5e-3)
+    direction = encoder.decoder[HOOK][4]
+    error = (steered[1] - hidden[1]) - ((steered[1] - hidden[1]) @ direction)[:, None] * direction
+    assert error.norm(dim=1).max() < 1e-2
+
+
+def test_ablation_takes_the_features_contribution_away(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor
+) -> None:
+    steering = Steering(bank, encoder, 3)
+    steering.clamp(0, torch.ones(F, dtype=torch.bool), 0.0)
+    steered = applied(steering, hidden)
+    before = encoder.encode_hook(HOOK, hidden[0])
+    removed = (before * encoder.scale[encoder.columns[HOOK]]) @ encoder.decoder[HOOK]
+    assert (before > 0).any()
+    torch.testing.assert_close(hidden[0] - steered[0], removed, atol=1e-5, rtol=1e-4)
+    remaining = encoder.encode_hook(HOOK, steered[0]) * encoder.scale[encoder.columns[HOOK]]
+    assert remaining.max() < 5e-3
+
+
+def test_ablating_a_silent_feature_changes_no_bit(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:
+    steering = Steering(bank, encoder, 3)
+    steering.clamp(0, one(2), 0.0)
+    silent = encoder.encode_hook(HOOK, hidden[0])[:, 2] == 0
+    assert silent.any()
+    assert torch.equal(applied(steering, hidden)[0, silent], hidden[0, silent])
+
+
+def test_zero_gains_touch_nothing(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:
+    steering = Steering(bank, encoder, 3)
+    steering.add(0, torch.zeros(F))
+    steering.steer_domain(1, "violence", Steer(op="add", strength=0.0))
+    steering.clamp(2, torch.zeros(F, dtype=torch.bool), 5.0)
+    assert not steering.active
+    assert all(steering.apply(hook, hidden) is None for hook in HOOKS)
+
+
+def test_positions_that_hold_no_steered_sequence_touch_nothing(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor
+) -> None:
+    steering = Steering(bank, encoder, 3)
+    steering.steer_domain(1, "violence", Steer())
+    positions = torch.ones(3, 5, dtype=torch.bool)
+    positions[1] = False
+    assert steering.apply(HOOK, hidden, positions) is None
+
+
+def test_same_steering_twice_is_in_force_once(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:
+    once, twice = Steering(bank, encoder, 3), Steering(bank, encoder, 3)
+    once.steer_domain(0, "violence", Steer())
+    for _ in range(2):
+        twice.steer_domain(0, "violence", Steer())
+    assert torch.equal(applied(once, hidden), applied(twice, hidden))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_dtype_is_kept(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor, dtype: torch.dtype) -> None:
+    steering = Steering(bank, encoder, 3)
+    steering.steer_domain(1, "violence", Steer())
+    steered = applied(steering, hidden.to(dtype))
+    assert steered.dtype == dtype
+    assert torch.equal(steered[[0, 2]], hidden.to(dtype)[[0, 2]])
