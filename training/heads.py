@@ -1,0 +1,107 @@
+"""From pooled features of labelled documents to calibrated sparse heads, and the features that steering needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from feature_bank.errors import DataError
+from feature_bank.taxonomy import DOMAINS
+from training.calibration import SparseHead, balanced_weights, fit_sparse_head
+from training.corpus import OWN_SOURCE, Document
+from training.discovery import labels, screen
+from training.selected import FeatureKey
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedHead:
+    """A domain's head over named features, before calibration."""
+
+    features: tuple[FeatureKey, ...]
+    weights: FloatArray
+    bias: float
+
+
+def fit_heads(
+    pooled: Mapping[str, npt.NDArray[np.float16]],
+    documents: Sequence[Document],
+    *,
+    candidates: int,
+    max_features: int,
+    report: Callable[[str, int], None],
+) -> dict[str, FittedHead]:
+    """One sparse head a domain on the discovery split; domains without labels of both kinds are left out.
+
+    pooled: hook_name -> (n_documents, d_sae). Raises DataError if no domain can be fitted.
+    """
+    heads: dict[str, FittedHead] = {}
+    for done, domain in enumerate(DOMAINS, 1):
+        rows, y = labels(documents, domain, ("discovery",))
+        if y.sum() < 20 or (~y).sum() < 20:
+            continue
+        sources = [documents[row].source for row in rows]
+        keys: list[FeatureKey] = []
+        columns: list[FloatArray] = []
+        for hook_name, matrix in pooled.items():
+            part = matrix[rows].astype(np.float32)
+            chosen = screen(part, y, sources, limit=candidates)
+            keys += [(hook_name, int(i)) for i in chosen]
+            columns.append(part[:, chosen])
+        head: SparseHead = fit_sparse_head(
+            np.concatenate(columns, axis=1),
+            y,
+            balanced_weights(y, sources),
+            max_features=max_features,
+        )
+        heads[domain] = FittedHead(features=tuple(keys[i] for i in head.columns), weights=head.weights, bias=head.bias)
+        report(f"{domain}: {len(head.columns)} features", done)
+    if not heads:
+        raise DataError("no domain has at least 20 positive and 20 negative labelled rows for fitting")
+    return heads
+
+
+def contrast_rows(documents: Sequence[Document], domain: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows with and without the domain between which only the concept differs.
+
+    The project's own pairs where there are any (same genre, same length); else all labelled discovery documents.
+    """
+    own = [
+        (row, domain in d.domains)
+        for row, d in enumerate(documents)
+        if d.source == OWN_SOURCE and d.split == "discovery" and domain in d.known and _of_domain(d, domain)
+    ]
+    positive = np.array([row for row, label in own if label], dtype=np.int64)
+    negative = np.array([row for row, label in own if not label], dtype=np.int64)
+    if len(positive) >= 20 and len(negative) >= 20:
+        return positive, negative
+    rows, y = labels(documents, domain, ("discovery",))
+    return rows[y], rows[~y]
+
+
+def _of_domain(document: Document, domain: str) -> bool:
+    """Whether one of the project's documents was written for this domain's pairs: their ids say so."""
+    return domain[:4] in document.id
+
+
+def mean_difference(
+    pooled: npt.NDArray[np.float16], positive: npt.NDArray[np.int64], negative: npt.NDArray[np.int64]
+) -> FloatArray:
+    """(d_sae,) mean pooled activation with the domain minus without."""
+    difference: FloatArray = pooled[positive].astype(np.float32).mean(0) - pooled[negative].astype(np.float32).mean(0)
+    return difference
+
+
+def steering_features(
+    difference: Mapping[str, FloatArray], scale: Mapping[str, FloatArray], *, per_hook: int
+) -> list[FeatureKey]:
+    """The features that carry most of the mean difference at each hook point, in the activation's own units."""
+    chosen: list[FeatureKey] = []
+    for hook_name, values in difference.items():
+        order = np.argsort(-np.abs(values * scale[hook_name]), kind="stable")[:per_hook]
+        chosen += [(hook_name, int(i)) for i in order]
+    return chosen

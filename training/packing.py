@@ -1,0 +1,222 @@
+"""The last stages: heads, calibration, explanations, canary, and the bank's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from feature_bank.bank import Bank, Rows, save_bank
+from feature_bank.layout import render, scored_positions
+from feature_bank.sae import SAE
+from feature_bank.schema import Canary, HeadRecord, Heads, HookRecord
+from guard.capture import pad_batch, truncated_forward
+from training.activations import FeatureStats, batch_topk_agreement, cached_pooling, encode_tokens
+from training.calibration import calibrate, document_scores, probability, thresholds
+from training.corpus import Document
+from training.discovery import auroc_interval, labels
+from training.harvest import Harvest
+from training.heads import (
+    FittedHead,
+    contrast_rows,
+    fit_heads,
+    mean_difference,
+    steering_features,
+)
+from training.records import feature_records
+from training.selected import FeatureKey, Selection, TrainedHook, feature_id
+
+if TYPE_CHECKING:
+    from training.pipeline import Preset
+
+FloatArray = npt.NDArray[np.float32]
+Report = Callable[[str, int, int, str], None]
+CANARY_FEATURES = 32
+CANARY_TOLERANCE = 0.2  # bfloat16 moves the activations by a few per cent; another model by far more
+
+
+def build_bank(
+    *,
+    model: Any,
+    tokenizer: Any,
+    preset: Preset,
+    documents: Sequence[Document],
+    cache: Harvest,
+    hooks: Sequence[TrainedHook],
+    out: Path,
+    work: Path,
+    manifest: Mapping[str, Any],
+    report: Report,
+) -> Bank:
+    """Discover, fit, calibrate, explain and write."""
+    stats: dict[str, FeatureStats] = {}
+    pooled: dict[str, npt.NDArray[np.float16]] = {}
+    for done, hook in enumerate(hooks, 1):
+        name = hook.sae.hook_name
+        stats[name], pooled[name] = cached_pooling(
+            hook.sae,
+            partial(cache.activations, name),
+            cache.documents,
+            len(documents),
+            preset.pooling,
+            path=work / "pooled" / f"{name}.safetensors",
+            fingerprint=hook.sha256,
+        )
+        report("discovery", done, len(hooks), f"{hook.sae.d_sae:,} features at {name}")
+
+    fitted = fit_heads(
+        pooled,
+        documents,
+        candidates=preset.candidates,
+        max_features=preset.features_per_head,
+        report=lambda detail, done: report("heads", done, 4, detail),
+    )
+    scales = {name: s.scale for name, s in stats.items()}
+    steering: dict[str, dict[FeatureKey, float]] = {}
+    for domain in fitted:
+        positive, negative = contrast_rows(documents, domain)
+        difference = {name: mean_difference(p, positive, negative) for name, p in pooled.items()}
+        chosen = steering_features(difference, scales, per_hook=preset.steering_features)
+        steering[domain] = {
+            key: float(difference[key[0]][key[1]] * scales[key[0]][key[1]])
+            for key in [*chosen, *fitted[domain].features]
+        }
+    selection = _select(hooks, fitted, steering, cache, scales)
+    report("select", 1, 1, f"{len(selection.keys)} features")
+
+    heads, quality = _calibrated(fitted, steering, selection, documents, cache, preset)
+    features = feature_records(
+        selection, heads, hooks, stats, documents, cache, pooled, model, tokenizer, preset.seed, report
+    )
+    rows = {
+        hook.sae.hook_name: _rows(hook.sae, [i for n, i in selection.keys if n == hook.sae.hook_name]) for hook in hooks
+    }
+    records = []
+    for hook in hooks:
+        indices = [i for n, i in selection.keys if n == hook.sae.hook_name]
+        precision, recall = batch_topk_agreement(hook.sae, cache.activations(hook.sae.hook_name), indices, hook.k)
+        records.append(
+            HookRecord(
+                hook_name=hook.sae.hook_name,
+                d_in=hook.sae.d_in,
+                d_sae=hook.sae.d_sae,
+                n_selected=len(indices),
+                sae_sha256=hook.sha256,
+                fvu=hook.fvu,
+                l0=hook.l0,
+                dead_fraction=hook.dead_fraction,
+                fires_precision=precision,
+                fires_recall=recall,
+            )
+        )
+    bank = save_bank(
+        out,
+        manifest={
+            **manifest,
+            "hook_points": [r.model_dump() for r in records],
+            "canary": _canary(model, tokenizer, preset, rows, selection, scales).model_dump(),
+            "quality": quality,
+        },
+        features=features,
+        heads=heads,
+        rows=rows,
+    )
+    report("pack", 1, 1, str(out))
+    return bank
+
+
+def _select(
+    hooks: Sequence[TrainedHook],
+    fitted: Mapping[str, FittedHead],
+    steering: Mapping[str, Mapping[FeatureKey, float]],
+    cache: Harvest,
+    scales: Mapping[str, FloatArray],
+) -> Selection:
+    wanted = {key for head in fitted.values() for key in head.features} | {
+        k for part in steering.values() for k in part
+    }
+    keys: list[FeatureKey] = []
+    acts: list[npt.NDArray[np.float16]] = []
+    for hook in hooks:
+        name = hook.sae.hook_name
+        indices = sorted(i for n, i in wanted if n == name)
+        if not indices:
+            indices = [0]  # a hook point stays in the bank even if nothing there was chosen
+        keys += [(name, i) for i in indices]
+        acts.append(encode_tokens(hook.sae, cache.activations(name), indices, scales[name]))
+    return Selection(keys=keys, acts=np.concatenate(acts, axis=1))
+
+
+def _calibrated(
+    fitted: Mapping[str, FittedHead],
+    steering: Mapping[str, Mapping[FeatureKey, float]],
+    selection: Selection,
+    documents: Sequence[Document],
+    cache: Harvest,
+    preset: Preset,
+) -> tuple[Heads, dict[str, float]]:
+    """Calibrated heads, and their AUROC on the held-out test split."""
+    position = selection.position()
+    records: dict[str, HeadRecord] = {}
+    quality: dict[str, float] = {}
+    for domain, head in fitted.items():
+        dense = np.zeros(len(selection.keys), dtype=np.float32)
+        dense[[position[key] for key in head.features]] = head.weights
+        scores = document_scores(selection.acts, cache.documents, dense, head.bias, preset.pooling, len(documents))
+        rows, y = labels(documents, domain, ("calibration",))
+        calibration = calibrate(scores[rows], y)
+        keys = sorted(steering[domain], key=position.__getitem__)
+        records[domain] = HeadRecord(
+            features=[feature_id(key) for key in keys],
+            weights=[round(float(dense[position[key]]), 6) for key in keys],
+            bias=head.bias,
+            calibration=calibration,
+            thresholds=thresholds(probability(scores[rows], calibration), y),
+            steering=[round(steering[domain][key], 6) for key in keys],
+        )
+        rows, y = labels(documents, domain, ("test",))
+        if 0 < y.sum() < len(y):
+            quality[f"test_auroc_{domain}"] = round(auroc_interval(scores[rows], y, seed=preset.seed).value, 4)
+    return Heads.model_validate({"pooling": preset.pooling, "heads": records}), quality
+
+
+def _rows(sae: SAE, indices: list[int]) -> Rows:
+    part = sae.select(indices or [0])
+    return Rows(
+        W_enc=part.W_enc.numpy(),
+        W_dec=part.W_dec.numpy(),
+        b_enc=part.b_enc.numpy(),
+        threshold=part.threshold.numpy(),
+    )
+
+
+def _canary(
+    model: Any,
+    tokenizer: Any,
+    preset: Preset,
+    rows: Mapping[str, Rows],
+    selection: Selection,
+    scales: Mapping[str, FloatArray],
+) -> Canary:
+    """Record what the bank's rows, as they will be stored, give on the preset's text."""
+    rendered = render(tokenizer, preset.canary.strip(), "passage", max_tokens=256)
+    ids, mask = pad_batch([rendered.ids], 0, next(model.parameters()).device)
+    hidden = truncated_forward(model, list(rows), ids, mask)
+    positions = scored_positions(rendered, tokenizer.all_special_ids)
+    parts = []
+    for name, part in rows.items():
+        x = hidden[name][0, positions].float().cpu().numpy()
+        pre = x @ part.W_enc.astype(np.float16).astype(np.float32) + part.b_enc
+        scale = np.array([scales[n][i] for n, i in selection.keys if n == name], dtype=np.float32)
+        parts.append(np.where(pre > part.threshold, pre, 0).mean(0) / scale)
+    means = np.concatenate(parts)
+    strongest = np.argsort(-means, kind="stable")[:CANARY_FEATURES]
+    return Canary(
+        text=preset.canary.strip(),
+        activations={feature_id(selection.keys[i]): round(float(means[i]), 6) for i in strongest},
+        tolerance=CANARY_TOLERANCE,
+    )

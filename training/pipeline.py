@@ -1,0 +1,228 @@
+"""From files of text to a bank: the stages in order, each resumable, each reported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from feature_bank.atomic import atomic_file
+from feature_bank.bank import Bank
+from feature_bank.errors import DataError, SailguardError
+from feature_bank.formats.saelens import WEIGHTS_FILE, load_saelens, save_saelens
+from feature_bank.schema import CorpusRecord, ModelIdentity, Pooling
+from guard.hook_points import parse_hook_name
+from training.corpus import Document, TokenSequence, corpus_hash, read_documents, tokenise
+from training.harvest import Harvest, harvest
+from training.packing import build_bank
+from training.selected import TrainedHook
+from training.trainer import TrainerConfig, train_sae
+
+Reporter = Callable[[str, int, int, str], None]
+"""report(stage, done, total, detail): called often; `done == total` ends the stage."""
+
+_HERE = Path(__file__).parent
+# What the stages that keep results (activations, SAEs) depend on; the later ones are made anew each time.
+_CACHED = {"hook_points", "labelled_tokens", "general_tokens", "general_budget", "sae", "seed", "own_corpora"}
+
+
+class SaeSettings(BaseModel):
+    """The preset's part for the SAEs; see `TrainerConfig`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    expansion: int = Field(default=8, ge=1, le=256)
+    k: int = Field(default=32, ge=1)
+    batch_tokens: int = Field(default=2048, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    lr: float = Field(default=1.2e-3, gt=0)
+
+
+class Preset(BaseModel):
+    """Everything that decides what bank comes out, but for the text and the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    version: str
+    hook_points: tuple[str, ...] = Field(min_length=1)
+    labelled_tokens: int = Field(default=160, ge=8)
+    general_tokens: int = Field(default=128, ge=8)
+    general_budget: int = Field(default=250_000, ge=0)
+    sae: SaeSettings = SaeSettings()
+    pooling: Pooling
+    features_per_head: int = Field(default=128, ge=1)
+    steering_features: int = Field(default=12, ge=0)
+    candidates: int = Field(default=500, ge=1)
+    seed: int = 0
+    canary: str = Field(min_length=20)
+    own_corpora: bool = True
+    """Whether the text written for the project is added to the given files."""
+
+    @field_validator("hook_points")
+    @classmethod
+    def _one_a_layer(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            layers = [parse_hook_name(name).layer for name in names]
+        except SailguardError as e:
+            raise ValueError(str(e)) from e
+        if len(set(layers)) != len(layers):
+            raise ValueError("two hook points lie in one layer, but a feature's id names only its layer and index")
+        return names
+
+
+def load_preset(name: str) -> Preset:
+    """A shipped preset by name, or a YAML file by path. Raises DataError naming the field that is wrong."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _HERE / "presets" / f"{name}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in (_HERE / "presets").glob("*.yaml")))
+        raise DataError(f"preset {name!r} not found; shipped are {shipped}, or give the path of a YAML file")
+    try:
+        return Preset.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = f", field {'.'.join(map(str, first['loc']))!r}" if first["loc"] else ""
+        raise DataError(f"preset {str(path)!r}{place}: {first['msg']}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise DataError(f"preset {str(path)!r} is not valid YAML: {e}") from e
+
+
+def own_corpora() -> list[Path]:
+    """The files of text written for the project."""
+    return sorted((_HERE / "corpora").glob("*.jsonl"))
+
+
+def train_bank(
+    *,
+    model: Any,
+    tokenizer: Any,
+    identity: ModelIdentity,
+    preset: Preset,
+    data: Sequence[Path],
+    out: Path,
+    work: Path,
+    report: Reporter,
+) -> Bank:
+    """Train a bank from files of text rows and write it to `out`.
+
+    Stages keep their results under `work`: run again after an interruption, finished ones are not repeated.
+
+    Raises DataError for bad rows, too little text, no labelled text, or a work folder of another run.
+    """
+    files = [*data, *(own_corpora() if preset.own_corpora else [])]
+    documents, records = read_documents(files)
+    if not any(d.known for d in documents):
+        raise DataError("no row of the files has labels ('domains', 'known'); heads cannot be fitted without")
+    documents, sequences = _budget(documents, tokenizer, preset)
+    report("corpus", 1, 1, f"{len(documents):,} documents, {sum(len(s.positions) for s in sequences):,} tokens")
+    _claim(work, preset, documents, identity)
+
+    cache = harvest(
+        model,
+        sequences,
+        preset.hook_points,
+        work / "activations",
+        fingerprint={"model": identity.config_hash, "tokenizer": identity.tokenizer_hash},
+        on_shard=lambda done, total, tokens: report("harvest", done, total, f"{tokens:,} tokens"),
+    )
+    hooks = [_train_hook(cache, name, identity, preset, work, report) for name in preset.hook_points]
+    return build_bank(
+        model=model,
+        tokenizer=tokenizer,
+        preset=preset,
+        documents=documents,
+        cache=cache,
+        hooks=hooks,
+        out=out,
+        work=work,
+        manifest=_manifest_head(preset, identity, records),
+        report=report,
+    )
+
+
+def _manifest_head(preset: Preset, identity: ModelIdentity, records: list[CorpusRecord]) -> dict[str, Any]:
+    return {
+        "name": preset.name,
+        "version": preset.version,
+        "created": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "tool_version": version("sailguard"),
+        "model": identity.model_dump(),
+        "corpus": [record.model_dump() for record in records],
+    }
+
+
+def _budget(documents: list[Document], tokenizer: Any, preset: Preset) -> tuple[list[Document], list[TokenSequence]]:
+    """All labelled documents, and of the others as many as the budget allows, in the order of their ids' hashes."""
+    labelled = [d for d in documents if d.known]
+    general = sorted((d for d in documents if not d.known), key=lambda d: hashlib.sha256(d.id.encode()).digest())
+    sequences = tokenise(labelled, tokenizer, max_tokens=preset.labelled_tokens)
+    left = preset.general_budget
+    for start in range(0, len(general), 1000):
+        if left <= 0:
+            break
+        for sequence in tokenise(general[start : start + 1000], tokenizer, max_tokens=preset.general_tokens):
+            if left <= 0:
+                break
+            left -= len(sequence.positions)
+            labelled.append(general[start + sequence.document])
+            sequences.append(TokenSequence(document=len(labelled) - 1, ids=sequence.ids, positions=sequence.positions))
+    return labelled, sequences
+
+
+def _claim(work: Path, preset: Preset, documents: Sequence[Document], identity: ModelIdentity) -> None:
+    """Mark the work folder as this run's, or refuse another's."""
+    mine = json.dumps(
+        {
+            "preset": preset.model_dump(mode="json", include=_CACHED),
+            "corpus": corpus_hash(documents),
+            "model": identity.config_hash,
+        },
+        indent=1,
+    )
+    path = work / "run.json"
+    if path.exists():
+        if path.read_text(encoding="utf-8") != mine:
+            raise DataError(f"{work} holds another run (other preset, text or model); remove it or name another --work")
+        return
+    with atomic_file(path) as tmp:
+        tmp.write_text(mine, encoding="utf-8")
+
+
+def _train_hook(
+    cache: Harvest, name: str, identity: ModelIdentity, preset: Preset, work: Path, report: Reporter
+) -> TrainedHook:
+    """Train (or read back) the SAE of one hook point."""
+    folder, quality_file = work / "saes" / name, work / "saes" / f"{name}.json"
+    config = TrainerConfig(**preset.sae.model_dump(), seed=preset.seed)
+    stage = f"sae {name}"
+    if quality_file.exists():
+        sae = load_saelens(folder)
+    else:
+        sae, stats = train_sae(
+            cache.activations(name),
+            name,
+            work / "checkpoints" / name,
+            config,
+            on_step=lambda step, steps, s: report(
+                stage, step, steps, f"fvu {s.fvu:.3f}, l0 {s.l0:.0f}, dead {s.dead_fraction:.1%}"
+            ),
+        )
+        save_saelens(sae, folder, model_name=identity.id, metadata={"k": config.k, "training": asdict(config)})
+        with atomic_file(quality_file) as tmp:
+            tmp.write_text(json.dumps(stats._asdict()), encoding="utf-8")
+    quality = json.loads(quality_file.read_text(encoding="utf-8"))
+    report(stage, 1, 1, f"fvu {quality['fvu']:.3f}, l0 {quality['l0']:.0f}, dead {quality['dead_fraction']:.1%}")
+    return TrainedHook(
+        sae=sae,
+        sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        k=config.k,
+        fvu=quality["fvu"],
+        l0=quality["l0"],
+        dead_fraction=quality["dead_fraction"],
+    )
