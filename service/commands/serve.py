@@ -1,0 +1,74 @@
+"""`serve`: the HTTP server."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.commands.options import BankOption, ModelOption, PolicyOption
+from service.commands.terminal import error_console
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+__all__ = ["serve"]
+
+
+def serve(
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on. Default: 127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="0 picks a free one. Default: 8801")
+    ] = None,
+    model: ModelOption = None,
+    bank: BankOption = None,
+    policy: PolicyOption = None,
+) -> None:
+    """Serve the guarded model over HTTP: OpenAI's chat and moderation endpoints, and Prometheus metrics.
+
+    What is not given here is taken from the environment, SAILGUARD_HOST and so on. An address that other
+    machines can reach needs API keys: SAILGUARD_API_KEYS or SAILGUARD_API_KEYS_FILE.
+    """
+    from service.settings import Settings
+
+    given: dict[str, Any] = {"host": host, "port": port, "model": model, "bank": bank, "policy": policy}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    _check_files(settings.bank, settings.policy)
+    with _listen(settings) as listener:
+        address, number = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        error_console().print(f"sailguard serves http://{shown}:{number} (Ctrl-C ends)", markup=False, soft_wrap=True)
+        _run(settings, listener)
+
+
+def _check_files(bank: Path | None, policy: Path | None) -> None:
+    """Refuse a bank or policy that cannot be used before anything listens; the server reads them again."""
+    from guard.core import Guard
+
+    Guard.from_bank(bank, policy=policy)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """A listening socket. Raises SettingsError if the address is taken or not this machine's."""
+    from service.errors import SettingsError
+
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; "
+            "choose another --host or --port"
+        ) from error
+
+
+def _run(settings: Settings, listener: socket.socket) -> None:
+    import uvicorn
+
+    from service.app import create_app, server_config
+    from service.engine import Engine
+
+    app = create_app(lambda metrics: Engine.start(settings, metrics), settings)
+    uvicorn.Server(server_config(app, settings)).run(sockets=[listener])

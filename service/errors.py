@@ -1,0 +1,173 @@
+"""HTTP errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}` for every refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import JSONResponse
+
+from feature_bank.errors import SailguardError
+
+__all__ = [
+    "ApiError",
+    "AsciiJSONResponse",
+    "ClientGoneError",
+    "SettingsError",
+    "context_length_exceeded",
+    "error_response",
+    "install_error_handlers",
+    "internal_error",
+    "invalid_json",
+    "invalid_key",
+    "model_not_found",
+    "not_ready",
+    "overloaded",
+    "too_large",
+]
+
+
+class SettingsError(SailguardError, ValueError):
+    """A setting is missing, malformed or unsafe. The message names the setting and says what to do."""
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its response was complete."""
+
+
+class ApiError(HTTPException):
+    """One refusal: `status_code` plus the four fields of OpenAI's error object (`kind` is its `type`).
+
+    The message names the parameter and says what to do; it never quotes a prompt.
+    """
+
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status_code, detail=message, headers=headers)
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """Return the JSON body of this refusal."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class AsciiJSONResponse(JSONResponse):
+    """JSON with every non-ASCII character escaped: text that UTF-8 cannot carry never fails a response."""
+
+    def render(self, content: Any) -> bytes:
+        """Encode `content`; NaN and infinity are errors."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def error_response(error: ApiError) -> AsciiJSONResponse:
+    """Turn a refusal into its HTTP response."""
+    return AsciiJSONResponse(error.body(), status_code=error.status_code, headers=error.headers)
+
+
+def model_not_found(model: str) -> ApiError:
+    """404 for a model name that is not served here."""
+    message = f"The model '{model[:200]}' does not exist or you do not have access to it; see GET /v1/models."
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def invalid_key() -> ApiError:
+    """401 for a missing or unknown API key."""
+    message = "Incorrect API key provided: send one of the server's keys as 'Authorization: Bearer KEY'."
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def too_large(limit: int) -> ApiError:
+    """413 for a body over `limit` bytes; the connection is closed, since the rest of it stays unread."""
+    message = f"The request body is larger than {limit} bytes: send less text, or raise max_body_bytes."
+    return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+
+
+def overloaded(retry_after: int) -> ApiError:
+    """429 for a full queue; `retry_after` is in seconds."""
+    message = f"The server's queue is full: try again in {retry_after} s."
+    headers = {"Retry-After": str(retry_after)}
+    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+
+def not_ready(reason: str) -> ApiError:
+    """503 while no guard is attached; `reason` says why."""
+    headers = {"Retry-After": "2"}
+    return ApiError(503, reason, kind="service_unavailable", code="not_ready", headers=headers)
+
+
+def context_length_exceeded(limit: int, tokens: int) -> ApiError:
+    """400 for a prompt of `tokens` tokens that leaves no room in a context of `limit` tokens."""
+    message = (
+        f"This model's maximum context length is {limit} tokens, but the messages hold {tokens} tokens "
+        "and at least one has to be left for the answer: shorten the messages."
+    )
+    return ApiError(400, message, param="messages", code="context_length_exceeded")
+
+
+def invalid_json(problem: str) -> ApiError:
+    """400 for a body that is not JSON."""
+    return ApiError(400, f"The request body is not valid JSON: {problem}.", code="invalid_json")
+
+
+def internal_error() -> ApiError:
+    """500 without any detail: the reason stands in the server's log under the request id."""
+    message = "The server had an error while processing the request; its log names it by X-Request-Id."
+    return ApiError(500, message, kind="server_error", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error that `app` raises OpenAI's shape."""
+    app.add_exception_handler(StarletteHTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(ClientGoneError, _on_client_gone)
+
+
+async def _on_http_error(request: Request, error: Exception) -> AsciiJSONResponse:
+    if isinstance(error, ApiError):
+        return error_response(error)
+    assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 404:
+        message, code = "Unknown request URL: see docs/server.md for the endpoints.", "unknown_url"
+    elif error.status_code == 405:
+        message, code = f"Not allowed to {request.method} on this URL.", "method_not_supported"
+    else:
+        message, code = str(error.detail), "invalid_request"
+    return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> AsciiJSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [part for part in first["loc"] if part != "body"]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    param = path.lstrip(".") or None
+    context = first.get("ctx") or {}
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if param is None and "json" not in request.headers.get("content-type", ""):
+        message = "Send the request as JSON with 'Content-Type: application/json'."
+        return error_response(ApiError(400, message, code="invalid_content_type"))
+    if "param" in context:
+        return error_response(ApiError(400, message, param=context["param"], code=first["type"]))
+    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+    return error_response(ApiError(400, f"{param or 'request body'}: {message}.", param=param, code=code))
+
+
+async def _on_client_gone(_request: Request, _error: Exception) -> AsciiJSONResponse:
+    """Nobody reads this answer; its status marks the request in the log."""
+    gone = ApiError(499, "The client closed the connection.", kind="client_error", code="client_closed")
+    return error_response(gone)

@@ -1,0 +1,260 @@
+"""A deterministic engine for tests of the HTTP side, and a real server around it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from guard.events import FeatureHit, SequenceReport, StreamEvent, TextScore, Verdict
+from guard.metrics import Metrics
+from service.app import create_app, server_config
+from service.errors import ApiError
+from service.settings import Settings
+
+MODEL_ID = "tiny-guarded"
+REFUSAL = "I cannot help with that."
+DOMAINS = ("pornography", "politics", "violence", "terror")
+PATIENCE = 10.0
+
+
+class FakeEngine:
+    """Answers with the words of the last message, one a step; a few words steer it.
+
+    `BLOCK` ends the answer as a guard does, `CRASH` raises, `WAIT` lets the step wait for `go`.
+    It fails the test when two threads are inside at once.
+    """
+
+    model_id = MODEL_ID
+    bank_version = "bank-1"
+    policy_version = "policy-1"
+    context_length = 64
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.go = threading.Event()
+        self.started = threading.Semaphore(0)
+        self.calls: list[dict[str, Any]] = []
+        self.chats: list[list[dict[str, str]]] = []
+        self.streams_ended = 0
+        self.steps = 0
+        self.overlapped = False
+        self._busy = threading.Lock()
+        self._report: SequenceReport | None = None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            self.overlapped = True
+            raise AssertionError("two threads are inside the engine")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def verdict(self, action: Any = "block", domain: str = "violence") -> Verdict:
+        hit = FeatureHit(id="L15/7", layer=15, explanation="a weapon", activation=1.5, contribution=2.0)
+        return Verdict(
+            request_id="r1",
+            phase="response",
+            token_index=3,
+            domain=domain,
+            score=0.97,
+            threshold=0.9,
+            action=action,
+            rule=domain,
+            features=(hit,),
+            bank_version=self.bank_version,
+            policy_version=self.policy_version,
+        )
+
+    def count_prompt(self, messages: Sequence[Mapping[str, str]]) -> int:
+        with self._alone():
+            if any(message["content"] == "TEMPLATE" for message in messages):
+                raise ApiError(400, "The model's chat template refuses these messages.", param="messages")
+            return sum(len(message["content"].split()) for message in messages)
+
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int | None,
+        stop: Sequence[str],
+    ) -> Iterator[StreamEvent]:
+        self.calls.append(
+            {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+                "stop": tuple(stop),
+            }
+        )
+        self.chats.append([dict(message) for message in messages])
+        with self._alone():
+            self.started.release()
+            try:
+                yield from self._events(messages[-1]["content"].split()[:max_new_tokens], max_new_tokens)
+            finally:
+                self.streams_ended += 1
+
+    def _events(self, words: list[str], limit: int) -> Iterator[StreamEvent]:
+        verdicts: tuple[Verdict, ...] = ()
+        for number, word in enumerate(words):
+            self.steps += 1
+            if word == "WAIT":
+                assert self.go.wait(PATIENCE), "the test never let the engine go on"
+            elif word == "CRASH":
+                raise RuntimeError(f"secret text: {' '.join(words)}")
+            elif word == "BLOCK":
+                verdicts = (self.verdict(),)
+                self._finish("block", verdicts, number + 1)
+                yield StreamEvent(token_id=None, text=REFUSAL, verdicts=verdicts, finish_reason="content_filter")
+                # An engine that went on talking must not be heard.
+                yield StreamEvent(token_id=9, text="LEAK")
+                return
+            yield StreamEvent(token_id=number, text=word + " ")
+        self._finish("allow", verdicts, len(words))
+        reason: Any = "length" if len(words) == limit else "stop"
+        yield StreamEvent(token_id=None, text="", finish_reason=reason)
+
+    def _finish(self, action: Any, verdicts: tuple[Verdict, ...], tokens: int) -> None:
+        self._report = SequenceReport(
+            request_id="r1",
+            action=action,
+            verdicts=verdicts,
+            prompt_scores=dict.fromkeys(DOMAINS, 0.01),
+            response_scores={**dict.fromkeys(DOMAINS, 0.02), "violence": 0.97 if verdicts else 0.02},
+            tokens_generated=tokens,
+            tokens_observed=tokens,
+        )
+
+    def last_report(self) -> SequenceReport:
+        assert self._report is not None
+        return self._report
+
+    def score(self, texts: Sequence[str]) -> list[TextScore]:
+        with self._alone():
+            return [self._score(text) for text in texts]
+
+    def _score(self, text: str) -> TextScore:
+        text.encode()  # a lone surrogate would raise here
+        flagged = {domain: domain in text for domain in DOMAINS}
+        verdicts = tuple(self.verdict("block", domain) for domain in DOMAINS if flagged[domain])
+        return TextScore(
+            scores={domain: 0.99 if flagged[domain] else 0.01 for domain in DOMAINS},
+            flagged=flagged,
+            action="block" if verdicts else "allow",
+            verdicts=verdicts,
+            features={domain: verdict.features for verdict in verdicts for domain in [verdict.domain]},
+            tokens=len(text.split()),
+            truncated=False,
+        )
+
+
+class ServerThread:
+    """A uvicorn server on a free loopback port, in a thread of its own."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self.server = uvicorn.Server(server_config(app, settings))
+        self._thread = threading.Thread(target=self.server.run, name="uvicorn")
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        deadline = time.monotonic() + PATIENCE
+        while not self.server.started:
+            assert self._thread.is_alive(), "the server did not start"
+            assert time.monotonic() < deadline, "the server took too long to start"
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture
+def engine(metrics: Metrics) -> FakeEngine:
+    return FakeEngine(metrics)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def log() -> io.StringIO:
+    """The text of the application's log."""
+    return io.StringIO()
+
+
+@pytest.fixture
+def make_app(engine: FakeEngine, log: io.StringIO) -> Callable[..., FastAPI]:
+    """Build an application around the fake engine; keyword arguments are settings."""
+
+    def make(served: Any = None, **settings: Any) -> FastAPI:
+        logger = structlog.wrap_logger(structlog.PrintLogger(log), processors=[structlog.processors.JSONRenderer()])
+        settings = {"port": 0, **settings}
+        return create_app(engine if served is None else served, Settings(**settings), logger=logger)
+
+    return make
+
+
+@pytest.fixture
+def client(make_app: Callable[..., FastAPI]) -> Iterator[TestClient]:
+    with TestClient(make_app(), raise_server_exceptions=True) as client:
+        yield client
+
+
+@pytest.fixture
+def serve(make_app: Callable[..., FastAPI]) -> Iterator[Callable[..., str]]:
+    """Start a real server and return its address; it is stopped when the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def start(served: Any = None, **settings: Any) -> str:
+            app = make_app(served, **settings)
+            return stack.enter_context(ServerThread(app, app.state.services.settings))
+
+        yield start
+
+
+@pytest.fixture
+def server_thread() -> type[ServerThread]:
+    return ServerThread
+
+
+@pytest.fixture
+def chat() -> Callable[..., dict[str, Any]]:
+    """Build a chat request's body."""
+
+    def build(content: Any = "one two three", **options: Any) -> dict[str, Any]:
+        return {"model": MODEL_ID, "messages": [{"role": "user", "content": content}], **options}
+
+    return build
+
+
+@pytest.fixture
+def read_events() -> Callable[[str], list[Any]]:
+    """Read a stream's events: JSON objects, and "[DONE]" as it is."""
+
+    def read(text: str) -> list[Any]:
+        lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+    return read
