@@ -1,0 +1,243 @@
+"""The tables of docs/quality.md and docs/performance.md, made from the committed results and nothing else.
+
+`python -m benchmarks.tables` does it after a result was written without --docs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import RESULTS, Result, read_result
+from feature_bank.atomic import atomic_file
+from feature_bank.errors import DataError
+from feature_bank.taxonomy import DOMAINS
+
+BEGIN, END = "<!-- BEGIN table -->", "<!-- END table -->"
+DOCS = Path(__file__).parents[1] / "docs"
+NOT_MEASURED = "No result is committed yet."
+_DETECTORS = ("bank", "probe", "tfidf", "keywords")
+_SUFFIXES = ("", "_probe", "_tfidf", "_keywords")
+_HEADINGS = ("bank", "probe", "TF-IDF", "keywords")
+
+
+def replace_table(text: str, table: str, file: str) -> str:
+    """`text` with what stands between its markers replaced.
+
+    Raises DataError unless each marker occurs once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise DataError(f"{file}: needs one {BEGIN} and, after it, one {END}")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+
+
+def markdown(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; None becomes a dash, the first column is aligned left and the others right."""
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
+    return "\n".join("| " + " | ".join("–" if c is None else str(c) for c in line) + " |" for line in lines)
+
+
+def quality_tables(result: Result) -> str:
+    """Everything docs/quality.md shows."""
+    detail = result.detail
+    parts = [f"Bank `{detail['bank']['version']}`, policy `{detail['policy']}`, {result.date}."]
+    if detail["limit"] is not None:
+        parts.append(f"**A trial on {detail['limit']} rows of each part; the figures mean nothing.**")
+    for part, title, names in (
+        ("dev", "Development rows", ("auroc", "auprc", "tpr_at_fpr1", "tpr_at_fpr5")),
+        ("unseen", "Development rows of sources that no fitting row comes from", ("auroc",)),
+        ("own", "Test rows written for the project", ("auroc",)),
+    ):
+        rows = [
+            [
+                domain,
+                f"{detail['domains'][domain][part]['positive']} / {detail['domains'][domain][part]['rows']}",
+                _MEASURES[name],
+                *(_number(result.value(f"{part}_{name}_{domain}{suffix}")) for suffix in _SUFFIXES),
+            ]
+            for domain in DOMAINS
+            for name in names
+        ]
+        parts += [f"### {title}", markdown(["domain", "positive / rows", "measure", *_HEADINGS], rows)]
+    parts += ["### How sure the AUROC is (95 %, bootstrap over rows)", _intervals(detail)]
+    parts += [
+        "### At the thresholds for one false positive in a hundred",
+        _operation(result),
+        _points(detail),
+    ]
+    parts += ["### Probes by layer (AUROC on the development rows)", _layers(detail)]
+    parts += ["### By source", _sources(detail)]
+    return "\n\n".join(parts)
+
+
+_MEASURES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "tpr_at_fpr1": "found at 1 % false positives",
+    "tpr_at_fpr5": "found at 5 % false positives",
+}
+
+
+def _intervals(detail: dict[str, Any]) -> str:
+    names = ("bank", "probe", "probe_lead", "tfidf_lead")
+    rows = [
+        [domain, part, *(_interval(intervals[name]) for name in names)]
+        for domain in DOMAINS
+        for part in ("dev", "unseen", "own")
+        if (intervals := detail["domains"][domain][part].get("auroc_95"))
+    ]
+    return markdown(["domain", "rows", "bank", "probe", "bank minus probe", "bank minus TF-IDF"], rows)
+
+
+def _operation(result: Result) -> str:
+    titles = {
+        "benign_blocked": "harmless development rows blocked",
+        "benign_flagged": "harmless development rows flagged, politics included",
+        "hard_negative_blocked": "hard negatives written for the project, blocked",
+        "hard_negative_flagged": "hard negatives flagged, politics included",
+    }
+    rows = [
+        [
+            title,
+            figure.n if (figure := result.figures.get(key)) else None,
+            *(_percent(result.value(f"{key}{suffix}")) for suffix in _SUFFIXES),
+        ]
+        for key, title in titles.items()
+    ]
+    return markdown(["share of", "rows", *_HEADINGS], rows)
+
+
+def _points(detail: dict[str, Any]) -> str:
+    rows = [
+        [domain, title, *(_percent(detail["operating_points"][domain][d][name]) for d in _DETECTORS)]
+        for domain in DOMAINS
+        for name, title in (("tpr", "found"), ("fpr", "false positives"), ("precision", "precision"))
+    ]
+    return markdown(["domain", "development rows", *_HEADINGS], rows)
+
+
+def _layers(detail: dict[str, Any]) -> str:
+    layers = list(detail["probe"][DOMAINS[0]]["layers"])
+    rows = []
+    for domain in DOMAINS:
+        about = detail["probe"][domain]
+        found = [_number(about["layers"][layer].get("auroc")) for layer in layers]
+        hindsight = about["best_on_dev"]
+        best = None if "auroc" not in hindsight else f"{hindsight['auroc']:.3f} (layer {hindsight['layer']})"
+        rows.append([domain, *found, about["chosen"]["layer"], best])
+    return markdown(["domain", *(f"layer {n}" for n in layers), "layer chosen", "best in hindsight"], rows)
+
+
+def _sources(detail: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["domain"],
+            row["source"],
+            "yes" if row["in_fit"] else "no",
+            f"{row['positive']} / {row['rows']}",
+            *(_percent(row[d][rate]) for d in ("bank", "probe") for rate in ("tpr", "fpr")),
+            *(_number(row[d]["auroc"]) for d in ("bank", "probe")),
+        ]
+        for row in detail["sources"]
+    ]
+    heading = ["domain", "source", "fitted on", "positive / rows", "bank: found", "bank: false"]
+    return markdown([*heading, "probe: found", "probe: false", "bank: AUROC", "probe: AUROC"], rows)
+
+
+def overhead_tables(result: Result) -> str:
+    """Everything docs/performance.md shows."""
+    detail, machine = result.detail, result.machine
+    features = sum(detail["bank"]["hook_points"].values())
+    hooks = len(detail["bank"]["hook_points"])
+    where = (
+        f"{result.date}, {machine.cores} cores ({machine.cpu}), {machine.memory_gb:g} GB, "
+        f"torch threads: {detail['threads']}, {detail['dtype']}, torch {result.versions['torch']}. "
+        f"Bank `{detail['bank']['version']}`: {features} features at {hooks} hook points."
+    )
+    titles = {
+        "decode_bs1": f"decoding, {detail['tokens']} tokens, batch 1",
+        "decode_bs8": f"decoding, {detail['tokens']} tokens, batch 8",
+        "prefill": f"prefill, {detail['prefill_tokens']} tokens, batch 1",
+    }
+    whole = f"whole SAEs ({detail['full_sae']['d_sae']} features a hook point)"
+    compared = [
+        [
+            title,
+            _spread(detail[key]["guarded"]),
+            _spread(detail[key]["full_sae"]),
+            _ms(detail[key]["plain_ms_per_token"]),
+        ]
+        for key, title in titles.items()
+    ]
+    apart = []
+    for key, title in (("decode_bs1_hooks", "batch 1"), ("decode_bs8_hooks", "batch 8")):
+        own = detail[key]
+        apart.append(
+            [
+                f"decoding, {title}",
+                _percent(own["hooks_share"]["median"]),
+                _ms(own["hooks_ms_per_step"]),
+                _ms(own["flush_ms"]),
+                _spread(own["implied_ratio"]),
+                _spread(own["implied_ratio_without_flush"]),
+            ]
+        )
+    return "\n\n".join(
+        [
+            where,
+            "### Time over the unguarded model's, side by side (1.00 = free; median, quartiles)",
+            markdown(["", "guarded", whole, "unguarded, ms a token"], compared),
+            "### The guard's own time, measured inside one guarded generation",
+            markdown(["", "share", "ms a step", "last token, ms", "ratio", "without last token"], apart),
+        ]
+    )
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
+
+
+def _interval(values: Sequence[float]) -> str:
+    return f"{values[0]:.3f} to {values[1]:.3f}"
+
+
+def _spread(values: dict[str, Any]) -> str:
+    low, high = values["quartiles"]
+    return f"{values['median']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _ms(values: dict[str, Any]) -> str:
+    return f"{values['median']:.3g}"
+
+
+PAGES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "quality": ("quality.md", quality_tables),
+    "overhead": ("performance.md", overhead_tables),
+}
+
+
+def page(name: str, folder: Path = RESULTS) -> tuple[Path, str]:
+    """(the page, what it should say) according to the result `name` in `folder`."""
+    file, render = PAGES[name]
+    path, source = DOCS / file, folder / f"{name}.json"
+    table = render(read_result(source)) if source.exists() else NOT_MEASURED
+    return path, replace_table(path.read_text(encoding="utf-8"), table, file)
+
+
+def update(name: str, folder: Path = RESULTS) -> None:
+    """Put the figures of the result `name` into its page."""
+    path, text = page(name, folder)
+    with atomic_file(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for known in PAGES:
+        update(known)
