@@ -84,7 +84,7 @@ def render(tokenizer: Tokenizer, text: str, role: Role, *, max_tokens: int, head
     At most `max_tokens` ids in all; the end of the text is cut. `head` spares rendering the template again for many
     texts of one role: it is `head_ids` of that role.
     """
-    # A megabyte of text would be tokenised in full only to be cut; no token here is longer than 64 characters
+    # A megabyte of text would be tokenised in full only to be cut; hardly a token is longer than 64 characters
     excerpt = text[: max_tokens * 64]
     if head is None:
         head = head_ids(tokenizer, role)

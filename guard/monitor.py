@@ -132,28 +132,20 @@ class Monitor:
         live: Bool[Tensor, " B"] | None = None,
     ) -> list[tuple[int, Verdict]]:
         """Judge one response token of every sequence (of those in `live`, if given). Returns (row, verdict) pairs."""
-        pooling = self.bank.pooling
-        clipped = feature_acts.clamp_max(pooling.ceiling)
-        rows = state.index if live is None else state.index[live]
-        if live is not None:
-            clipped = clipped[live]
-        slot = state.count[rows] % pooling.window
-        state.ring[rows, slot] = clipped @ self.heads.weight
-        state.feature_ring[rows, slot] = clipped
-        state.count[rows] += 1
-        count = state.count[rows]
-        divisor = count.clamp(pooling.min_tokens, max(pooling.window, pooling.min_tokens))
-        ring = state.ring if live is None else state.ring[rows]
-        logits = ring.sum(1) / divisor[:, None] + self.heads.bias
-
-        state.recent[rows, (count - 1) % pooling.evidence_tokens] = logits
-        agreed = state.recent.amin(1) if live is None else state.recent[rows].amin(1)
-        state.best_response[rows] = torch.maximum(state.best_response[rows], agreed)
-
+        clipped = feature_acts.clamp_max(self.bank.pooling.ceiling)
         table = self.response_rules
-        runs = (state.runs[rows] + 1) * (logits[:, table.domain] >= table.logit)
-        state.runs[rows] = runs
-        fired = (runs >= table.evidence_tokens) & ~state.latched[rows]
+        if live is None and state.steps is not None:
+            rows = state.index
+            logits = self._advance_all(state, clipped)
+            runs = state.runs.add_(1).mul_(logits[:, table.domain] >= table.logit)
+            fired = (runs >= table.evidence_tokens) & ~state.latched
+        else:
+            state.steps = None  # from here on the rows have counts of their own
+            rows = state.index if live is None else state.index[live]
+            logits = self._advance(state, rows, clipped if live is None else clipped[live])
+            runs = (state.runs[rows] + 1) * (logits[:, table.domain] >= table.logit)
+            state.runs[rows] = runs
+            fired = (runs >= table.evidence_tokens) & ~state.latched[rows]
         broken = logits.isnan().any()
         if not bool(fired.any() | broken):  # one wait for the device in the common case
             return []
@@ -172,6 +164,40 @@ class Monitor:
         for row, verdict in verdicts:
             self._record(state, row, [verdict])
         return verdicts
+
+    def _advance_all(self, state: BatchState, clipped: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
+        """The logits after one more token of every sequence, all having seen the same number of tokens.
+
+        The same as `_advance`, for the common case: slices of the rings instead of gathers, half the time of a step.
+        """
+        pooling = self.bank.pooling
+        assert state.steps is not None
+        slot = state.steps % pooling.window
+        state.ring[:, slot] = clipped @ self.heads.weight
+        state.feature_ring[:, slot] = clipped
+        state.count.add_(1)
+        state.steps += 1
+        divisor = max(min(state.steps, pooling.window), pooling.min_tokens)
+        logits = state.ring.sum(1).div_(divisor).add_(self.heads.bias)
+        state.recent[:, (state.steps - 1) % pooling.evidence_tokens] = logits
+        torch.maximum(state.best_response, state.recent.amin(1), out=state.best_response)
+        return logits
+
+    def _advance(
+        self, state: BatchState, rows: Int[Tensor, " b"], clipped: Float[Tensor, "b F"]
+    ) -> Float[Tensor, "b D"]:
+        """The logits after one more token of the sequences `rows`."""
+        pooling = self.bank.pooling
+        slot = state.count[rows] % pooling.window
+        state.ring[rows, slot] = clipped @ self.heads.weight
+        state.feature_ring[rows, slot] = clipped
+        state.count[rows] += 1
+        count = state.count[rows]
+        divisor = count.clamp(pooling.min_tokens, max(pooling.window, pooling.min_tokens))
+        logits = state.ring[rows].sum(1) / divisor[:, None] + self.heads.bias
+        state.recent[rows, (count - 1) % pooling.evidence_tokens] = logits
+        state.best_response[rows] = torch.maximum(state.best_response[rows], state.recent[rows].amin(1))
+        return logits
 
     def finish(self, state: BatchState) -> list[tuple[int, Verdict]]:
         """At the end of the responses: rules that all tokens met, of a response shorter than their evidence."""

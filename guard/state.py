@@ -33,12 +33,14 @@ class BatchState:
     """(B, evidence_tokens, D): the last logits, for their agreement."""
     index: Tensor
     """(B,): 0..B-1, kept to address rows without building it again."""
-    ended: Tensor
-    """(B,): whether a token has ended the sequence; what follows in its row is padding."""
+    ended: list[bool]
+    """Of each sequence, whether a token has ended it; what follows in its row is padding."""
     verdicts: list[list[Verdict]] = field(default_factory=list)
     blocked: list[bool] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     observed: list[int] = field(default_factory=list)
+    steps: int | None = 0
+    """What every entry of `count` is, while all rows advance together; None once they do not."""
     failed: bool = False
     """Whether the guard itself failed while these sequences ran."""
 
@@ -68,7 +70,7 @@ class BatchState:
             best_response=low.clone(),
             recent=torch.full((batch, evidence_tokens, domains), -torch.inf, device=device),
             index=torch.arange(batch, device=device),
-            ended=torch.zeros(batch, dtype=torch.bool, device=device),
+            ended=[False] * batch,
             verdicts=[[] for _ in range(batch)],
             blocked=[False] * batch,
             generated=[0] * batch,

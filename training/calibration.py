@@ -94,8 +94,14 @@ def document_scores(
 
 
 def calibrate(scores: FloatArray, y: BoolArray) -> Calibration:
-    """Platt scaling on held-out documents, both classes weighing alike: 0.5 is where they are equally likely."""
+    """Platt scaling on held-out documents, both classes weighing alike: 0.5 is where they are equally likely.
+
+    Raises DataError without documents of both classes, or if the score does not rise with the domain.
+    """
     from sklearn.linear_model import LogisticRegression
+
+    if y.all() or not y.any():
+        raise DataError("the held-out labelled text has only one class; give more labelled rows of both")
 
     fitted = LogisticRegression(C=1e6, class_weight="balanced").fit(scores[:, None], y)
     slope = float(fitted.coef_[0, 0])

@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from feature_bank.bank import Bank, Rows, save_bank
+from feature_bank.errors import DataError
 from feature_bank.layout import render, scored_positions
 from feature_bank.sae import SAE
 from feature_bank.schema import Canary, HeadRecord, Heads, HookRecord
+from feature_bank.taxonomy import DOMAINS
 from guard.capture import pad_batch, truncated_forward
 from training.activations import FeatureStats, batch_topk_agreement, cached_pooling, encode_tokens
 from training.calibration import calibrate, document_scores, probability, thresholds
@@ -73,8 +75,9 @@ def build_bank(
         documents,
         candidates=preset.candidates,
         max_features=preset.features_per_head,
-        report=lambda detail, done: report("heads", done, 4, detail),
+        report=lambda detail, done: report("heads", done, len(DOMAINS), detail),
     )
+    report("heads", 1, 1, f"{len(fitted)} domains")
     scales = {name: s.scale for name, s in stats.items()}
     steering: dict[str, dict[FeatureKey, float]] = {}
     for domain in fitted:
@@ -167,8 +170,11 @@ def _calibrated(
         dense = np.zeros(len(selection.keys), dtype=np.float32)
         dense[[position[key] for key in head.features]] = head.weights
         scores = document_scores(selection.acts, cache.documents, dense, head.bias, preset.pooling, len(documents))
-        rows, y = labels(documents, domain, ("calibration",))
-        calibration = calibrate(scores[rows], y)
+        rows, y = _scored(scores, *labels(documents, domain, ("calibration",)))
+        try:
+            calibration = calibrate(scores[rows], y)
+        except DataError as e:
+            raise DataError(f"domain {domain!r}: {e}") from e
         keys = sorted(steering[domain], key=position.__getitem__)
         records[domain] = HeadRecord(
             features=[feature_id(key) for key in keys],
@@ -178,10 +184,18 @@ def _calibrated(
             thresholds=thresholds(probability(scores[rows], calibration), y),
             steering=[round(steering[domain][key], 6) for key in keys],
         )
-        rows, y = labels(documents, domain, ("test",))
+        rows, y = _scored(scores, *labels(documents, domain, ("test",)))
         if 0 < y.sum() < len(y):
             quality[f"test_auroc_{domain}"] = round(auroc_interval(scores[rows], y, seed=preset.seed).value, 4)
     return Heads.model_validate({"pooling": preset.pooling, "heads": records}), quality
+
+
+def _scored(
+    scores: FloatArray, rows: npt.NDArray[np.int64], y: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Only the documents of which a token was scored."""
+    has = np.isfinite(scores[rows])
+    return rows[has], y[has]
 
 
 def _rows(sae: SAE, indices: list[int]) -> Rows:

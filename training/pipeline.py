@@ -121,7 +121,7 @@ def train_bank(
         raise DataError("no row of the files has labels ('domains', 'known'); heads cannot be fitted without")
     documents, sequences = _budget(documents, tokenizer, preset)
     report("corpus", 1, 1, f"{len(documents):,} documents, {sum(len(s.positions) for s in sequences):,} tokens")
-    _claim(work, preset, documents, identity)
+    _claim(work, preset, documents, identity, model)
 
     cache = harvest(
         model,
@@ -175,13 +175,23 @@ def _budget(documents: list[Document], tokenizer: Any, preset: Preset) -> tuple[
     return labelled, sequences
 
 
-def _claim(work: Path, preset: Preset, documents: Sequence[Document], identity: ModelIdentity) -> None:
+def _weights_digest(model: Any) -> str:
+    """sha256 over the beginning of every weight: tells a fine-tuned model from the one it came from."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _claim(work: Path, preset: Preset, documents: Sequence[Document], identity: ModelIdentity, model: Any) -> None:
     """Mark the work folder as this run's, or refuse another's."""
     mine = json.dumps(
         {
             "preset": preset.model_dump(mode="json", include=_CACHED),
             "corpus": corpus_hash(documents),
             "model": identity.config_hash,
+            "weights": _weights_digest(model),
         },
         indent=1,
     )

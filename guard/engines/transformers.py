@@ -53,7 +53,6 @@ class TransformersEngine:
         self.end_ids = end_ids(model, tokenizer, {})
         self._ends = self.end_ids  # of the generation in work
         self._special = frozenset(tokenizer.all_special_ids)
-        self._special_ids = torch.tensor(sorted(self._special), dtype=torch.long, device=monitor.device)
         self._steers = {rule.label: rule.steer for rule in monitor.policy.rules}
         self._hooks = monitor.encoder.hook_names
         self._last_hook = max(self._hooks, key=execution_order)
@@ -124,7 +123,7 @@ class TransformersEngine:
         self._cached = past + int(ids.shape[1])
         self._input_ids = ids
         self._padded = mask
-        self._mask = None if mask is None else mask[:, -ids.shape[1] :].bool()
+        self._mask = mask[:, -ids.shape[1] :].bool() if self._begins and mask is not None else None
 
     def _begin(self, ids: Tensor) -> None:
         self._prompt_width = int(ids.shape[1])
@@ -195,14 +194,19 @@ class TransformersEngine:
             self._judge_prompts(state)
             return
         acts = self.monitor.encoder.encode({name: hidden[:, 0] for name, hidden in self._hidden.items()})
-        ids = self._input_ids[:, 0]
-        state.ended |= torch.isin(ids, torch.tensor(self._ends, device=ids.device))
-        skipped = state.ended | torch.isin(ids, self._special_ids)
-        live = None if not bool(skipped.any()) else ~skipped
+        live = self._live(state, self._input_ids[:, 0].tolist())
         fired = self.monitor.observe_step(state, acts, live)
         for row in range(len(state.request_ids)) if live is None else live.nonzero().flatten().tolist():
             state.observed[row] += 1
         self._act(fired)
+
+    def _live(self, state: BatchState, ids: Sequence[int]) -> Tensor | None:
+        """Which rows hold a token to judge (not padding after the end, not a special token); None if all do."""
+        for row, token in enumerate(ids):
+            if token in self._ends:
+                state.ended[row] = True
+        live = [not ended and token not in self._special for ended, token in zip(state.ended, ids, strict=True)]
+        return None if all(live) else torch.tensor(live, device=self.monitor.device)
 
     def _judge_prompts(self, state: BatchState) -> None:
         assert self._input_ids is not None

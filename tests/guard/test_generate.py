@@ -173,6 +173,23 @@ def test_every_generated_token_is_observed_exactly_once(
     assert oracle.widths == [(rows, width)] + [(rows, 1)] * (steps - 1 + unread)
 
 
+def test_last_token_is_read_as_generation_would_have_read_it(
+    attach: Attach, chatty: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = attach(make_policy())
+    observe = guard.monitor.observe_step
+    seen: list[Tensor] = []
+
+    def record(state: Any, acts: Tensor, live: Any = None) -> Any:
+        seen.append(acts)
+        return observe(state, acts, live)
+
+    monkeypatch.setattr(guard.monitor, "observe_step", record)
+    for tokens in (5, 6):
+        chatty.generate(**batch, max_new_tokens=tokens, do_sample=False)
+    torch.testing.assert_close(torch.stack(seen[:5]), torch.stack(seen[5:10]), atol=1e-5, rtol=1e-5)
+
+
 def test_rows_that_end_early_do_end_early(chatty: Any, batch: Batch) -> None:
     """The examples above hold what they claim: rows of one batch that end at different steps."""
     output = chatty.generate(

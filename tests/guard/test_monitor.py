@@ -188,6 +188,13 @@ def test_single_spike_is_clipped(bank_of: MakeBank) -> None:
     spike = acts * 1e6
     segment = torch.zeros(6, dtype=torch.long)
     assert torch.equal(monitor.judge(acts, segment).logits, monitor.judge(spike, segment).logits)
+    streamed = []
+    for values in (acts, spike):
+        state = monitor.begin(["r"])
+        for token in values:
+            monitor.observe_step(state, token[None])
+        streamed.append(state.best_response)
+    assert torch.equal(*streamed)
 
 
 def test_nan_is_an_error_never_a_pass(monitor: Monitor) -> None:
