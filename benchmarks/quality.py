@@ -38,7 +38,7 @@ CHUNK = 256  # documents between two lines of progress, and in one file of the c
 FPR = 0.01
 BENIGN_SOURCES = ("clinc-oos", "dolly", "gsm8k", "mt-bench")
 SUFFIXES = ("", "_probe", "_tfidf", "_keywords")
-REGULARISATION = {"probe": (0.001, 0.01, 0.1, 1.0), "tfidf": (1.0, 10.0)}
+REGULARISATION = {"probe": (0.01, 0.1), "tfidf": (1.0, 10.0)}
 CORPORA = Path(__file__).parents[1] / "training" / "corpora"
 
 
