@@ -109,8 +109,8 @@ class Rows:
         return np.array(rows, dtype=np.int64), np.array([domain in self.evaluated[i].domains for i in rows], dtype=bool)
 
 
-def read_all(data: Path, limit: int | None) -> Rows:
-    """Read everything; `limit` keeps that many rows of fit, dev, own fit and own test, chosen by hash."""
+def read_all(data: Path, limit: int | None, sample: int | None = None) -> Rows:
+    """Read everything; `limit` keeps that many rows of each part, `sample` that many of dev alone, chosen by hash."""
     own_files = sorted(CORPORA.glob("*.jsonl"))
     held_out = {row["id"] for path in own_files for _, row in read_rows(path) if row.get("split") == "test"}
     fit, fit_records = read_documents([data / "fit.jsonl.gz"])
@@ -123,7 +123,7 @@ def read_all(data: Path, limit: int | None) -> Rows:
         raise DataError(f"dev.jsonl.gz repeats rows of fit.jsonl.gz, the first with id {repeats[0]!r}; remove them")
     own_fit = _sample([d for d in own if d.id not in held_out], limit)
     own_test = _sample([d for d in own if d.id in held_out], limit)
-    dev = _sample(dev, limit)
+    dev = _sample(dev, limit if sample is None else sample)
     return Rows(
         fit=_sample(fit, limit) + own_fit,
         evaluated=dev + own_test,
@@ -414,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bank", type=Path, help="bank folder; the shipped one if left out")
     parser.add_argument("--cache", type=Path, default=Path("runs/quality"), help="folder for pooled activations")
     parser.add_argument("--limit", type=int, help="rows of each part, for a trial; needs --out")
+    parser.add_argument("--sample", type=int, help="rows of dev, chosen by hash; all if left out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--docs", action="store_true", help="put the figures into docs/quality.md")
     options = parser.parse_args(arguments)
@@ -423,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.tables import update
     from guard import Guard, load_model
 
-    rows = read_all(options.data, options.limit)
+    rows = read_all(options.data, options.limit, options.sample)
     guard = Guard.from_bank(options.bank)
     loaded = load_model(device="cpu")
     with guard.attach(loaded.model, loaded.tokenizer) as attached:
@@ -446,6 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": loaded.model_id,
         "fitted_rows": len(rows.fit),
         "limit": options.limit,
+        "dev_sample": options.sample,
         "corpora": [record.model_dump() for record in rows.records],
         "probe": probe_detail,
         "tfidf": tfidf_detail,

@@ -46,6 +46,11 @@ def quality_tables(result: Result) -> str:
     parts = [f"Bank `{detail['bank']['version']}`, policy `{detail['policy']}`, {result.date}."]
     if detail["limit"] is not None:
         parts.append(f"**A trial on {detail['limit']} rows of each part; the figures mean nothing.**")
+    if detail.get("dev_sample") is not None:
+        parts.append(
+            f"The development rows are a sample of {detail['dev_sample']} of the file's, chosen by the hash of their "
+            "ids; the intervals below say how wide that leaves the figures."
+        )
     for part, title, names in (
         ("dev", "Development rows", ("auroc", "auprc", "tpr_at_fpr1", "tpr_at_fpr5")),
         ("unseen", "Development rows of sources that no fitting row comes from", ("auroc",)),
