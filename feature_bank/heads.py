@@ -6,7 +6,10 @@ Fitting and guarding call the same functions. For a token t of a segment (see `f
     z_t = slope * (w . m_t + bias) + intercept     the calibrated logit; probability = sigmoid(z_t)
     e_t = min(z_{t-k+1}, ..., z_t)                 k = evidence_tokens; all of a segment that is shorter, at its end
 
-and a text's score is the maximum of e_t. Since the average is linear, only w . clip(a) has to be averaged, not a.
+A text that lies there whole (a prompt, a passage) is judged where its average has settled: its score is the maximum
+of e_t over full windows, or z at the end of a segment that does not fill one. A response that streams cannot wait for
+that: its score is the maximum of e_t from its token `settle_tokens` on, when the average still swings more, and it has
+thresholds of its own. Since the average is linear, only w . clip(a) has to be averaged, not a.
 """
 
 from __future__ import annotations
@@ -38,8 +41,13 @@ def moving_average(values: Float[Tensor, "n d"], segment: Int[Tensor, " n"], poo
     return ((total[index + 1] - total[first]) / count[:, None]).to(values.dtype)
 
 
-def agreement(logits: Float[Tensor, "n d"], segment: Int[Tensor, " n"], tokens: int) -> Float[Tensor, "n d"]:
-    """e_t: the least of the last `tokens` logits of the segment; -inf where there are fewer, unless it ends there."""
+def agreement(
+    logits: Float[Tensor, "n d"], segment: Int[Tensor, " n"], tokens: int, *, settled: int = 1
+) -> Float[Tensor, "n d"]:
+    """e_t: the least of the last `tokens` logits of the segment; -inf where there are fewer, unless it ends there.
+
+    settled: the first token of a segment, counted from 1, whose logit counts; of a shorter segment only the last does.
+    """
     if logits.shape[0] == 0:
         return logits
     index = torch.arange(logits.shape[0], device=logits.device)
@@ -47,9 +55,9 @@ def agreement(logits: Float[Tensor, "n d"], segment: Int[Tensor, " n"], tokens: 
     least = logits.clone()
     for back in range(1, tokens):
         earlier = index - back
-        inside = (earlier >= start)[:, None]
+        inside = (earlier - start + 1 >= settled)[:, None]
         least = torch.minimum(least, torch.where(inside, logits[earlier.clamp_min(0)], torch.inf))
     ends = torch.ones_like(segment, dtype=torch.bool)
     ends[:-1] = segment[1:] != segment[:-1]
-    enough = (index - start + 1 >= tokens) | ends
+    enough = (index - start + 1 >= settled + tokens - 1) | ends
     return torch.where(enough[:, None], least, -torch.inf)

@@ -9,6 +9,7 @@ diluted by a system prompt.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -123,10 +124,44 @@ def _template_pieces(tokenizer: Tokenizer, roles: Sequence[str], *, add_generati
     return [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
 
 
-def layout(ids: Sequence[int], special_ids: Collection[int]) -> Layout:
-    """Which positions of `ids` are scored, and their segments, numbered from 0."""
+def template_segments(tokenizer: Tokenizer, special_ids: Collection[int]) -> frozenset[tuple[int, ...]]:
+    """The stretches between special tokens that the chat template puts around a request by itself.
+
+    Such are its default system prompt and the line that opens the answer. Empty if there is no usable template.
+    """
+    try:
+        before, after = _template_pieces(tokenizer, ["user"], add_generation_prompt=True)
+    except Exception:  # noqa: BLE001  # a template that refuses a plain request, whatever its reason, adds nothing to one
+        return frozenset()
+    found: set[tuple[int, ...]] = set()
+    for piece, skipped in ((before, -1), (after, 0)):  # the stretch that touches the request is part of it
+        stretches: list[list[int]] = [[]]
+        for token in piece:
+            if token in special_ids:
+                stretches.append([])
+            else:
+                stretches[-1].append(token)
+        del stretches[skipped]
+        found |= {tuple(stretch) for stretch in stretches if stretch}
+    return frozenset(found)
+
+
+def layout(
+    ids: Sequence[int], special_ids: Collection[int], template: Collection[tuple[int, ...]] = frozenset()
+) -> Layout:
+    """Which positions of `ids` are scored, and their segments, numbered from 0.
+
+    template: stretches that nobody said (see `template_segments`); one that is a whole segment is not scored.
+    """
     special = np.isin(np.asarray(ids, dtype=np.int64), np.fromiter(special_ids, dtype=np.int64))
-    return Layout(observed=~special, segment=np.cumsum(special))
+    segment = np.cumsum(special, dtype=np.int64)
+    observed = ~special
+    if template:
+        edges = [-1, *np.flatnonzero(special).tolist(), len(ids)]
+        for left, right in pairwise(edges):
+            if tuple(ids[left + 1 : right]) in template:
+                observed[left + 1 : right] = False
+    return Layout(observed=observed, segment=segment)
 
 
 def scored_positions(rendered: Rendered, special_ids: Collection[int]) -> npt.NDArray[np.int64]:

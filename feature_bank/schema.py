@@ -143,6 +143,9 @@ class Pooling(Record):
     """Normalised activations are clipped to this before they are averaged, so that no single spike decides."""
     evidence_tokens: int = Field(gt=0)
     """Consecutive tokens that must agree: a text's score is the best that so many tokens in a row all reach."""
+    settle_tokens: int = Field(default=1, gt=0)
+    """The first token of a response, counted from 1, whose average counts while it streams; of a shorter response the
+    last does."""
 
 
 class Calibration(Record):
@@ -160,7 +163,10 @@ class HeadRecord(Record):
     bias: FiniteFloat
     calibration: Calibration
     thresholds: dict[str, Probability]
-    """Probability at which the share of negatives named by the key (a false-positive rate) is reached."""
+    """For texts that lie there whole: the probability that the share of negatives named by the key (a false-positive
+    rate) reaches."""
+    streaming_thresholds: dict[str, Probability]
+    """The same for a response that is judged token by token: over its many prefixes a score peaks higher."""
     steering: list[FiniteFloat]
     """Per feature: mean activation on the domain's text minus that elsewhere, in units of the activation itself."""
 

@@ -47,11 +47,12 @@ class SelectedEncoder:
 
     def encode(self, sae_ins: Mapping[str, Float[Tensor, "n d_in"]]) -> Float[Tensor, "n n_features"]:
         """Normalised activations of all features, in the bank's order."""
-        pre = torch.cat(
-            [torch.addmm(self._bias[n], sae_ins[n].float(), self._weight[n]) for n in self.hook_names], dim=1
-        )
+        first = sae_ins[self.hook_names[0]]
+        pre = torch.empty(first.shape[0], self.n_features, device=first.device)
+        for name, columns in self.columns.items():
+            torch.addmm(self._bias[name], sae_ins[name].float(), self._weight[name], out=pre[:, columns])
         return self._active(pre, self.threshold)
 
     @staticmethod
     def _active(pre: Float[Tensor, "n f"], threshold: Float[Tensor, " f"]) -> Float[Tensor, "n f"]:
-        return torch.where(pre <= threshold, 0.0, pre)  # in this order NaN stays NaN and is noticed
+        return pre.masked_fill_(pre <= threshold, 0.0)  # in this order NaN stays NaN and is noticed

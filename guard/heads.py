@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from feature_bank.bank import Bank
 from guard.errors import PolicyError
+from guard.events import Phase
 from guard.policy import Policy, Rule
 
 
@@ -32,6 +35,8 @@ class DomainHeads:
             bias[column] = slope * head.bias + head.calibration.intercept
         self.weight: Float[Tensor, "F D"] = weight.to(device)
         self.bias: Float[Tensor, " D"] = bias.to(device)
+        self.offset: npt.NDArray[np.float32] = bias.numpy()
+        """(D,): the bias again, on the host."""
 
     def evidence(self, feature_acts: Float[Tensor, "n F"]) -> Float[Tensor, "n D"]:
         """What each token adds to the moving average of each domain."""
@@ -49,19 +54,20 @@ class BoundRule(NamedTuple):
 
 
 class RuleTable:
-    """The rules of one scope (prompt or response), as aligned tensors."""
+    """The rules of one scope (prompt or response), as aligned arrays."""
 
-    def __init__(self, rules: tuple[BoundRule, ...], device: torch.device) -> None:
+    def __init__(self, rules: tuple[BoundRule, ...]) -> None:
         self.rules = rules
-        self.domain: Int[Tensor, " R"] = torch.tensor([r.domain for r in rules], dtype=torch.long, device=device)
-        self.logit: Float[Tensor, " R"] = torch.tensor([r.logit for r in rules], device=device)
-        self.evidence_tokens: Int[Tensor, " R"] = torch.tensor(
-            [r.evidence_tokens for r in rules], dtype=torch.long, device=device
-        )
+        self.domain = np.array([r.domain for r in rules], dtype=np.int64)
+        self.logit = np.array([r.logit for r in rules], dtype=np.float64)
+        self.evidence_tokens = np.array([r.evidence_tokens for r in rules], dtype=np.int64)
 
 
-def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: str, device: torch.device) -> RuleTable:
-    """The policy's rules for `scope`, resolved. Raises PolicyError for a domain the bank has no head for."""
+def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, streaming: bool) -> RuleTable:
+    """The policy's rules for `scope`, resolved for text that streams or lies there whole.
+
+    Raises PolicyError for a domain the bank has no head for.
+    """
     bound = []
     for rule in policy.rules:
         if scope not in rule.scope:
@@ -71,7 +77,7 @@ def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: str, devic
                 f"rule {rule.label!r}, field 'domain': the bank has no head for {rule.domain!r}; "
                 f"it has {', '.join(heads.domains)}"
             )
-        probability = rule.threshold.resolve(bank.heads[rule.domain])
+        probability = rule.threshold.resolve(bank.heads[rule.domain], streaming=streaming)
         clipped = min(max(probability, 1e-9), 1 - 1e-9)
         bound.append(
             BoundRule(
@@ -82,4 +88,4 @@ def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: str, devic
                 evidence_tokens=rule.evidence_tokens or bank.pooling.evidence_tokens,
             )
         )
-    return RuleTable(tuple(bound), device)
+    return RuleTable(tuple(bound))

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from feature_bank.bank import Bank
@@ -15,7 +17,7 @@ from feature_bank.heads import agreement, moving_average
 from guard.encoder import SelectedEncoder
 from guard.errors import GuardError
 from guard.events import FeatureHit, Phase, Verdict
-from guard.heads import BoundRule, DomainHeads, RuleTable, bind_rules
+from guard.heads import BoundRule, DomainHeads, bind_rules
 from guard.policy import Policy
 from guard.state import BatchState
 
@@ -29,7 +31,7 @@ class Judged(NamedTuple):
     logits: Float[Tensor, "n D"]
     """The calibrated logit of the moving average at each observed token."""
     agreed: Float[Tensor, "n D"]
-    """The logit on which enough tokens agree; -inf where too few have been seen."""
+    """The logit on which enough tokens agree once the average has settled; -inf where too few have been seen."""
 
 
 class Monitor:
@@ -41,8 +43,9 @@ class Monitor:
         self.device = device
         self.encoder = SelectedEncoder(bank, device)
         self.heads = DomainHeads(bank, device)
-        self.prompt_rules = bind_rules(policy, bank, self.heads, "prompt", device)
-        self.response_rules = bind_rules(policy, bank, self.heads, "response", device)
+        phases: tuple[Phase, ...] = ("prompt", "response")
+        self.rules = {p: bind_rules(policy, bank, self.heads, p, streaming=False) for p in phases}
+        self.streaming_rules = bind_rules(policy, bank, self.heads, "response", streaming=True)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -56,13 +59,13 @@ class Monitor:
             window=self.bank.pooling.window,
             domains=len(self.domains),
             features=self.encoder.n_features,
-            rules=len(self.response_rules.rules),
+            rules=len(self.streaming_rules.rules),
             evidence_tokens=self.bank.pooling.evidence_tokens,
             device=self.device,
         )
 
     def judge(self, feature_acts: Float[Tensor, "n F"], segment: Int[Tensor, " n"]) -> Judged:
-        """Logits of all tokens of segmented text at once.
+        """Logits of all tokens of segmented text that lies there whole.
 
         Raises GuardError if the activations are not numbers.
         """
@@ -70,7 +73,10 @@ class Monitor:
         logits = average + self.heads.bias
         if bool(logits.isnan().any()):
             raise GuardError(_NOT_FINITE)
-        return Judged(logits, agreement(logits, segment, self.bank.pooling.evidence_tokens))
+        return Judged(logits, self._agreed(logits, segment, self.bank.pooling.evidence_tokens))
+
+    def _agreed(self, logits: Float[Tensor, "n d"], segment: Int[Tensor, " n"], tokens: int) -> Float[Tensor, "n d"]:
+        return agreement(logits, segment, tokens, settled=self.bank.pooling.window)
 
     def observe_prompt(
         self,
@@ -84,16 +90,13 @@ class Monitor:
         if feature_acts.shape[0] == 0:
             return []
         judged = self.judge(feature_acts, segment)
-        state.best_prompt[row] = judged.agreed.max(0).values
-        verdicts = self.apply_rules(
-            self.prompt_rules, "prompt", state.request_ids[row], judged, feature_acts, segment, positions
-        )
+        state.best_prompt[row] = judged.agreed.amax(0).cpu().numpy()
+        verdicts = self.apply_rules("prompt", state.request_ids[row], judged, feature_acts, segment, positions)
         self._record(state, row, verdicts)
         return verdicts
 
     def apply_rules(
         self,
-        table: RuleTable,
         phase: Phase,
         request_id: str,
         judged: Judged,
@@ -101,12 +104,12 @@ class Monitor:
         segment: Int[Tensor, " n"],
         positions: Int[Tensor, " n"],
     ) -> list[Verdict]:
-        """The rules that fire on text that has been judged as a whole, each at its first deciding token."""
+        """The rules for `phase` that fire on text that lies there whole, each at its first deciding token."""
         verdicts = []
-        for bound in table.rules:
+        for bound in self.rules[phase].rules:
             agreed = judged.agreed[:, bound.domain]
             if bound.evidence_tokens != self.bank.pooling.evidence_tokens:
-                agreed = agreement(judged.logits[:, bound.domain, None], segment, bound.evidence_tokens)[:, 0]
+                agreed = self._agreed(judged.logits[:, bound.domain, None], segment, bound.evidence_tokens)[:, 0]
             hits = torch.nonzero(agreed >= bound.logit)
             if hits.numel() == 0:
                 continue
@@ -129,91 +132,69 @@ class Monitor:
         self,
         state: BatchState,
         feature_acts: Float[Tensor, "B F"],
-        live: Bool[Tensor, " B"] | None = None,
+        live: npt.NDArray[np.bool_] | None = None,
     ) -> list[tuple[int, Verdict]]:
-        """Judge one response token of every sequence (of those in `live`, if given). Returns (row, verdict) pairs."""
-        clipped = feature_acts.clamp_max(self.bank.pooling.ceiling)
-        table = self.response_rules
-        if live is None and state.steps is not None:
-            rows = state.index
-            logits = self._advance_all(state, clipped)
-            runs = state.runs.add_(1).mul_(logits[:, table.domain] >= table.logit)
-            fired = (runs >= table.evidence_tokens) & ~state.latched
-        else:
-            state.steps = None  # from here on the rows have counts of their own
-            rows = state.index if live is None else state.index[live]
-            logits = self._advance(state, rows, clipped if live is None else clipped[live])
-            runs = (state.runs[rows] + 1) * (logits[:, table.domain] >= table.logit)
-            state.runs[rows] = runs
-            fired = (runs >= table.evidence_tokens) & ~state.latched[rows]
-        broken = logits.isnan().any()
-        if not bool(fired.any() | broken):  # one wait for the device in the common case
+        """Judge one response token of every sequence (of those in `live`, if given). Returns (row, verdict) pairs.
+
+        Raises GuardError if the activations are not numbers.
+        """
+        pooling, table = self.bank.pooling, self.streaming_rules
+        clipped = feature_acts.clamp_max(pooling.ceiling)
+        evidence = (clipped @ self.heads.weight).cpu().numpy()  # the one wait for the device
+        rows = np.arange(len(evidence)) if live is None else np.flatnonzero(live)
+        if not len(rows):
             return []
-        if bool(broken):
+        if np.isnan(evidence[rows]).any():
             raise GuardError(_NOT_FINITE)
+        slot = state.count[rows] % pooling.window
+        if len(rows) == len(evidence) and (slot == slot[0]).all():
+            state.feature_ring[:, int(slot[0])] = clipped  # a slice is much cheaper to write than gathered rows
+        else:
+            state.feature_ring[torch.from_numpy(rows), torch.from_numpy(slot)] = clipped[torch.from_numpy(rows)]
+        state.ring[rows, slot] = evidence[rows]
+        state.count[rows] += 1
+        count = state.count[rows]
+        divisor = np.clip(count, pooling.min_tokens, max(pooling.window, pooling.min_tokens))
+        logits = state.ring[rows].sum(1) / divisor[:, None] + self.heads.offset
+        state.recent[rows, (count - 1) % pooling.evidence_tokens] = logits
+        enough = (count >= pooling.settle_tokens + pooling.evidence_tokens - 1)[:, None]
+        agreed = np.where(enough, state.recent[rows].min(1), -np.inf)
+        state.best_response[rows] = np.maximum(state.best_response[rows], agreed)
+        counts = (logits[:, table.domain] >= table.logit) & (count >= pooling.settle_tokens)[:, None]
+        runs = (state.runs[rows] + 1) * counts
+        state.runs[rows] = runs
+        fired = (runs >= table.evidence_tokens) & ~state.latched[rows]
+        if not fired.any():
+            return []
         state.latched[rows] |= fired
         verdicts = []
-        for position, rule in fired.nonzero().tolist():
+        for position, rule in np.argwhere(fired).tolist():
             row = int(rows[position])
-            verdicts.append(
-                (
-                    row,
-                    self._response_verdict(state, row, rule, float(logits[position, table.rules[rule].domain])),
-                )
-            )
+            logit = float(logits[position, table.rules[rule].domain])
+            verdicts.append((row, self._response_verdict(state, row, rule, logit)))
         for row, verdict in verdicts:
             self._record(state, row, [verdict])
         return verdicts
 
-    def _advance_all(self, state: BatchState, clipped: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
-        """The logits after one more token of every sequence, all having seen the same number of tokens.
-
-        The same as `_advance`, for the common case: slices of the rings instead of gathers, half the time of a step.
-        """
-        pooling = self.bank.pooling
-        assert state.steps is not None
-        slot = state.steps % pooling.window
-        state.ring[:, slot] = clipped @ self.heads.weight
-        state.feature_ring[:, slot] = clipped
-        state.count.add_(1)
-        state.steps += 1
-        divisor = max(min(state.steps, pooling.window), pooling.min_tokens)
-        logits = state.ring.sum(1).div_(divisor).add_(self.heads.bias)
-        state.recent[:, (state.steps - 1) % pooling.evidence_tokens] = logits
-        torch.maximum(state.best_response, state.recent.amin(1), out=state.best_response)
-        return logits
-
-    def _advance(
-        self, state: BatchState, rows: Int[Tensor, " b"], clipped: Float[Tensor, "b F"]
-    ) -> Float[Tensor, "b D"]:
-        """The logits after one more token of the sequences `rows`."""
-        pooling = self.bank.pooling
-        slot = state.count[rows] % pooling.window
-        state.ring[rows, slot] = clipped @ self.heads.weight
-        state.feature_ring[rows, slot] = clipped
-        state.count[rows] += 1
-        count = state.count[rows]
-        divisor = count.clamp(pooling.min_tokens, max(pooling.window, pooling.min_tokens))
-        logits = state.ring[rows].sum(1) / divisor[:, None] + self.heads.bias
-        state.recent[rows, (count - 1) % pooling.evidence_tokens] = logits
-        state.best_response[rows] = torch.maximum(state.best_response[rows], state.recent[rows].amin(1))
-        return logits
-
     def finish(self, state: BatchState) -> list[tuple[int, Verdict]]:
-        """At the end of the responses: rules that all tokens met, of a response shorter than their evidence."""
-        table = self.response_rules
-        count = state.count[:, None]
-        short = (count > 0) & (count < table.evidence_tokens) & (state.runs == count) & ~state.latched
-        few = (state.count > 0) & (state.count < self.bank.pooling.evidence_tokens)
-        for row in few.nonzero().flatten().tolist():
-            state.best_response[row] = state.recent[row, : int(state.count[row])].amin(0)
+        """At the end of the responses: rules that all counted tokens met, of a response shorter than their evidence.
+
+        Where the average has not settled yet, the last token is the one that counts.
+        """
+        table, pooling = self.streaming_rules, self.bank.pooling
         verdicts = []
-        for row, rule in short.nonzero().tolist():
-            last = (int(state.count[row]) - 1) % self.bank.pooling.evidence_tokens
-            logit = float(state.recent[row, last, table.rules[rule].domain])
-            verdicts.append((row, self._response_verdict(state, row, rule, logit)))
-            state.latched[row, rule] = True
-            self._record(state, row, [verdicts[-1][1]])
+        for row in np.flatnonzero(state.count > 0).tolist():
+            count = int(state.count[row])
+            counted = max(count - pooling.settle_tokens + 1, 1)
+            recent = [(count - 1 - back) % pooling.evidence_tokens for back in range(pooling.evidence_tokens)]
+            if counted < pooling.evidence_tokens:
+                state.best_response[row] = state.recent[row, recent[:counted]].min(0)
+            last = state.recent[row, recent[0], table.domain]
+            met = state.runs[row] == counted if count >= pooling.settle_tokens else last >= table.logit
+            for rule in np.flatnonzero(met & (counted < table.evidence_tokens) & ~state.latched[row]).tolist():
+                verdicts.append((row, self._response_verdict(state, row, rule, float(last[rule]))))
+                state.latched[row, rule] = True
+                self._record(state, row, [verdicts[-1][1]])
         return verdicts
 
     def hits(self, average: Float[Tensor, " F"], domain: int, top: int = TOP_FEATURES) -> tuple[FeatureHit, ...]:
@@ -235,16 +216,17 @@ class Monitor:
     @property
     def hold_tokens(self) -> int:
         """Response tokens to judge before the first text may be shown, if a response that ends early is to be
-        blocked before any of it is seen: the evidence that the slowest blocking rule asks for."""
-        blocking = (r.evidence_tokens for r in self.response_rules.rules if r.rule.action == "block")
-        return max(blocking, default=0)
+        blocked before any of it is seen: those until the slowest blocking rule can fire for the first time."""
+        blocking = (r.evidence_tokens for r in self.streaming_rules.rules if r.rule.action == "block")
+        return max((self.bank.pooling.settle_tokens - 1 + tokens for tokens in blocking), default=0)
 
     def _response_verdict(self, state: BatchState, row: int, rule: int, logit: float) -> Verdict:
         average = state.feature_ring[row].sum(0) / max(
             min(int(state.count[row]), self.bank.pooling.window), self.bank.pooling.min_tokens
         )
         token = int(state.count[row]) - 1
-        return self._verdict(self.response_rules.rules[rule], "response", state.request_ids[row], token, logit, average)
+        bound = self.streaming_rules.rules[rule]
+        return self._verdict(bound, "response", state.request_ids[row], token, logit, average)
 
     def _verdict(
         self,

@@ -31,17 +31,18 @@ class Threshold(_Section):
             raise ValueError("give exactly one of 'probability' and 'fpr'")
         return self
 
-    def resolve(self, head: HeadRecord) -> float:
-        """As a probability, for the given head."""
+    def resolve(self, head: HeadRecord, *, streaming: bool = False) -> float:
+        """As a probability, for the given head; `streaming` for responses that are judged token by token."""
         if self.probability is not None:
             return self.probability
         key = f"{self.fpr:g}"
-        if key not in head.thresholds:
+        known = head.streaming_thresholds if streaming else head.thresholds
+        if key not in known:
             raise PolicyError(
                 f"field 'threshold.fpr': the bank holds no threshold for a false-positive rate of {key}; "
-                f"it has {', '.join(sorted(head.thresholds))}; use one of them, or 'probability'"
+                f"it has {', '.join(sorted(known))}; use one of them, or 'probability'"
             )
-        return head.thresholds[key]
+        return known[key]
 
 
 class Steer(_Section):

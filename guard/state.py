@@ -1,9 +1,15 @@
-"""Per-sequence memory of the guard. It belongs to the sequences of one batch and is dropped with them."""
+"""Per-sequence memory of the guard. It belongs to the sequences of one batch and is dropped with them.
+
+What a step decides with are a few numbers a sequence and domain: they lie in NumPy, where an operation on so little
+costs a fraction of what one on the model's device does. Only the features' own history stays there.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,32 +21,28 @@ class BatchState:
     """The state of the B sequences of one generation; row b of every tensor belongs to sequence b."""
 
     request_ids: tuple[str, ...]
-    ring: Tensor
+    ring: npt.NDArray[np.float64]
     """(B, window, D): what each of the last tokens adds to the domains' averages."""
     feature_ring: Tensor
     """(B, window, F): the clipped activations behind it, kept to name the features when a rule fires."""
-    count: Tensor
+    count: npt.NDArray[np.int64]
     """(B,): response tokens judged so far."""
-    runs: Tensor
+    runs: npt.NDArray[np.int64]
     """(B, R): consecutive tokens at or above each response rule's threshold."""
-    latched: Tensor
+    latched: npt.NDArray[np.bool_]
     """(B, R): response rules that have fired; a rule fires once a sequence."""
-    best_prompt: Tensor
+    best_prompt: npt.NDArray[np.float64]
     """(B, D): highest agreed logit in the prompt."""
-    best_response: Tensor
+    best_response: npt.NDArray[np.float64]
     """(B, D): highest agreed logit in the response."""
-    recent: Tensor
+    recent: npt.NDArray[np.float64]
     """(B, evidence_tokens, D): the last logits, for their agreement."""
-    index: Tensor
-    """(B,): 0..B-1, kept to address rows without building it again."""
     ended: list[bool]
     """Of each sequence, whether a token has ended it; what follows in its row is padding."""
     verdicts: list[list[Verdict]] = field(default_factory=list)
     blocked: list[bool] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     observed: list[int] = field(default_factory=list)
-    steps: int | None = 0
-    """What every entry of `count` is, while all rows advance together; None once they do not."""
     failed: bool = False
     """Whether the guard itself failed while these sequences ran."""
 
@@ -58,18 +60,17 @@ class BatchState:
     ) -> BatchState:
         """The state before the first token; one row for each of `request_ids`."""
         batch = len(request_ids)
-        low = torch.full((batch, domains), -torch.inf, device=device)
+        low = np.full((batch, domains), -np.inf)
         return cls(
             request_ids=request_ids,
-            ring=torch.zeros(batch, window, domains, device=device),
+            ring=np.zeros((batch, window, domains)),
             feature_ring=torch.zeros(batch, window, features, device=device),
-            count=torch.zeros(batch, dtype=torch.long, device=device),
-            runs=torch.zeros(batch, rules, dtype=torch.long, device=device),
-            latched=torch.zeros(batch, rules, dtype=torch.bool, device=device),
-            best_prompt=low.clone(),
-            best_response=low.clone(),
-            recent=torch.full((batch, evidence_tokens, domains), -torch.inf, device=device),
-            index=torch.arange(batch, device=device),
+            count=np.zeros(batch, dtype=np.int64),
+            runs=np.zeros((batch, rules), dtype=np.int64),
+            latched=np.zeros((batch, rules), dtype=np.bool_),
+            best_prompt=low.copy(),
+            best_response=low.copy(),
+            recent=np.full((batch, evidence_tokens, domains), -np.inf),
             ended=[False] * batch,
             verdicts=[[] for _ in range(batch)],
             blocked=[False] * batch,

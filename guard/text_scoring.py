@@ -87,9 +87,8 @@ class TextScorer:
         kept = acts[positions]
         judged = monitor.judge(kept, segment)
         phase: Phase = "response" if role == "response" else "prompt"
-        table = monitor.response_rules if role == "response" else monitor.prompt_rules
         in_text = (positions - rendered.start).clamp_min(0)
-        verdicts = tuple(monitor.apply_rules(table, phase, "", judged, kept, segment, in_text))
+        verdicts = tuple(monitor.apply_rules(phase, "", judged, kept, segment, in_text))
         best = judged.agreed.max(0) if len(kept) else None
         scores = {d: 0.0 if best is None else sigmoid(float(best.values[i])) for i, d in enumerate(monitor.domains)}
         features: dict[str, tuple[FeatureHit, ...]] = {}

@@ -94,7 +94,8 @@ def demo_policy() -> Policy:
     return Policy(
         name="demo",
         rules=(
-            Rule(domain="politics", threshold=at, action="flag"),
+            # Its easy negatives put one in a hundred below a half, where a question about history is flagged too
+            Rule(domain="politics", threshold=Threshold(probability=0.9), action="flag"),
             # Its strictest negatives (quoted threats, crude insults) put one in a hundred out of a plain threat's reach
             Rule(domain="violence", threshold=Threshold(probability=0.95), action="block"),
             Rule(domain="pornography", threshold=at, action="steer", steer=Steer(op="add", strength=-1.5)),

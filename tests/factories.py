@@ -129,6 +129,7 @@ def _heads(
             bias=centre if wanted is None else 0.0,
             calibration=Calibration(slope=1.5, intercept=0.0 if wanted is None else ALWAYS if wanted else NEVER),
             thresholds={"0.001": 0.9, "0.01": 0.7, "0.05": 0.5},
+            streaming_thresholds={"0.001": 0.9, "0.01": 0.7, "0.05": 0.5},
             steering=[float(v) for v in generator.normal(size=len(ids))],
         )
     return heads

@@ -76,8 +76,12 @@ def document_scores(
     bias: float,
     pooling: Pooling,
     n_documents: int,
+    *,
+    streaming: bool = False,
 ) -> FloatArray:
     """(n_documents,) the uncalibrated logit of every document, as the guard computes it. -inf for those without rows.
+
+    streaming: as of a response that is judged token by token, rather than of a text that lies there whole.
 
     acts: (tokens, F) normalised activations; documents: the document of every row, rows of one being consecutive.
     """
@@ -86,7 +90,8 @@ def document_scores(
     clipped = np.minimum(acts[:, used].astype(np.float32), pooling.ceiling)
     evidence = torch.from_numpy(clipped @ weights[used])[:, None]
     logits = moving_average(evidence, segment, pooling) + bias
-    agreed = agreement(logits, segment, pooling.evidence_tokens)[:, 0]
+    settled = pooling.settle_tokens if streaming else pooling.window
+    agreed = agreement(logits, segment, pooling.evidence_tokens, settled=settled)[:, 0]
     best = torch.full((n_documents,), -torch.inf)
     best.scatter_reduce_(0, segment, agreed, "amax")
     result: FloatArray = best.numpy()

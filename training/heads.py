@@ -34,13 +34,14 @@ def fit_heads(
     candidates: int,
     max_features: int,
     report: Callable[[str, int], None],
+    domains: Sequence[str] = DOMAINS,
 ) -> dict[str, FittedHead]:
     """One sparse head a domain on the discovery split; domains without labels of both kinds are left out.
 
     pooled: hook_name -> (n_documents, d_sae). Raises DataError if no domain can be fitted.
     """
     heads: dict[str, FittedHead] = {}
-    for done, domain in enumerate(DOMAINS, 1):
+    for done, domain in enumerate(domains, 1):
         rows, y = labels(documents, domain, ("discovery",))
         if y.sum() < 20 or (~y).sum() < 20:
             continue

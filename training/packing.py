@@ -14,7 +14,7 @@ from feature_bank.bank import Bank, Rows, save_bank
 from feature_bank.errors import DataError
 from feature_bank.layout import render, scored_positions
 from feature_bank.sae import SAE
-from feature_bank.schema import Canary, HeadRecord, Heads, HookRecord
+from feature_bank.schema import Canary, HeadRecord, Heads, HookRecord, Pooling
 from feature_bank.taxonomy import DOMAINS
 from guard.capture import pad_batch, truncated_forward
 from training.activations import FeatureStats, batch_topk_agreement, cached_pooling, encode_tokens
@@ -55,21 +55,7 @@ def build_bank(
     report: Report,
 ) -> Bank:
     """Discover, fit, calibrate, explain and write."""
-    stats: dict[str, FeatureStats] = {}
-    pooled: dict[str, npt.NDArray[np.float16]] = {}
-    for done, hook in enumerate(hooks, 1):
-        name = hook.sae.hook_name
-        stats[name], pooled[name] = cached_pooling(
-            hook.sae,
-            partial(cache.activations, name),
-            cache.documents,
-            len(documents),
-            preset.pooling,
-            path=work / "pooled" / f"{name}.safetensors",
-            fingerprint=hook.sha256,
-        )
-        report("discovery", done, len(hooks), f"{hook.sae.d_sae:,} features at {name}")
-
+    stats, pooled = pool_hooks(hooks, cache, len(documents), preset.pooling, work, report)
     fitted = fit_heads(
         pooled,
         documents,
@@ -132,6 +118,30 @@ def build_bank(
     return bank
 
 
+def pool_hooks(
+    hooks: Sequence[TrainedHook], cache: Harvest, n_documents: int, pooling: Pooling, work: Path, report: Report
+) -> tuple[dict[str, FeatureStats], dict[str, npt.NDArray[np.float16]]]:
+    """By hook point: every feature's scale and density, and its pooled activation on every document.
+
+    Kept under `work` and read from there the next time.
+    """
+    stats: dict[str, FeatureStats] = {}
+    pooled: dict[str, npt.NDArray[np.float16]] = {}
+    for done, hook in enumerate(hooks, 1):
+        name = hook.sae.hook_name
+        stats[name], pooled[name] = cached_pooling(
+            hook.sae,
+            partial(cache.activations, name),
+            cache.documents,
+            n_documents,
+            pooling,
+            path=work / "pooled" / f"{name}.safetensors",
+            fingerprint=hook.sha256,
+        )
+        report("discovery", done, len(hooks), f"{hook.sae.d_sae:,} features at {name}")
+    return stats, pooled
+
+
 def _select(
     hooks: Sequence[TrainedHook],
     fitted: Mapping[str, FittedHead],
@@ -169,7 +179,18 @@ def _calibrated(
     for domain, head in fitted.items():
         dense = np.zeros(len(selection.keys), dtype=np.float32)
         dense[[position[key] for key in head.features]] = head.weights
-        scores = document_scores(selection.acts, cache.documents, dense, head.bias, preset.pooling, len(documents))
+        scores, streamed = (
+            document_scores(
+                selection.acts,
+                cache.documents,
+                dense,
+                head.bias,
+                preset.pooling,
+                len(documents),
+                streaming=streaming,
+            )
+            for streaming in (False, True)
+        )
         rows, y = _scored(scores, *labels(documents, domain, ("calibration",)))
         try:
             calibration = calibrate(scores[rows], y)
@@ -182,6 +203,7 @@ def _calibrated(
             bias=head.bias,
             calibration=calibration,
             thresholds=thresholds(probability(scores[rows], calibration), y),
+            streaming_thresholds=thresholds(probability(streamed[rows], calibration), y),
             steering=[round(steering[domain][key], 6) for key in keys],
         )
         rows, y = _scored(scores, *labels(documents, domain, ("test",)))

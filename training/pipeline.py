@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -98,20 +98,27 @@ def own_corpora() -> list[Path]:
     return sorted((_HERE / "corpora").glob("*.jsonl"))
 
 
-def train_bank(
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What heads and explanations are made from: documents, their activations, and the SAEs trained on them."""
+
+    documents: list[Document]
+    records: list[CorpusRecord]
+    cache: Harvest
+    hooks: list[TrainedHook]
+
+
+def prepare(
     *,
     model: Any,
     tokenizer: Any,
     identity: ModelIdentity,
     preset: Preset,
     data: Sequence[Path],
-    out: Path,
     work: Path,
     report: Reporter,
-) -> Bank:
-    """Train a bank from files of text rows and write it to `out`.
-
-    Stages keep their results under `work`: run again after an interruption, finished ones are not repeated.
+) -> Prepared:
+    """Read, harvest and train the SAEs, or find it all in `work`, the folder of an earlier run of the same.
 
     Raises DataError for bad rows, too little text, no labelled text, or a work folder of another run.
     """
@@ -132,16 +139,39 @@ def train_bank(
         on_shard=lambda done, total, tokens: report("harvest", done, total, f"{tokens:,} tokens"),
     )
     hooks = [_train_hook(cache, name, identity, preset, work, report) for name in preset.hook_points]
+    return Prepared(documents=documents, records=records, cache=cache, hooks=hooks)
+
+
+def train_bank(
+    *,
+    model: Any,
+    tokenizer: Any,
+    identity: ModelIdentity,
+    preset: Preset,
+    data: Sequence[Path],
+    out: Path,
+    work: Path,
+    report: Reporter,
+) -> Bank:
+    """Train a bank from files of text rows and write it to `out`.
+
+    Stages keep their results under `work`: run again after an interruption, finished ones are not repeated.
+
+    Raises DataError for bad rows, too little text, no labelled text, or a work folder of another run.
+    """
+    prepared = prepare(
+        model=model, tokenizer=tokenizer, identity=identity, preset=preset, data=data, work=work, report=report
+    )
     return build_bank(
         model=model,
         tokenizer=tokenizer,
         preset=preset,
-        documents=documents,
-        cache=cache,
-        hooks=hooks,
+        documents=prepared.documents,
+        cache=prepared.cache,
+        hooks=prepared.hooks,
         out=out,
         work=work,
-        manifest=_manifest_head(preset, identity, records),
+        manifest=_manifest_head(preset, identity, prepared.records),
         report=report,
     )
 

@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from feature_bank.layout import layout
+from feature_bank.layout import layout, template_segments
 from guard.capture import Capture, StopForwardError
 from guard.engines.generate_options import bind_options, end_ids, refuse_unsupported
 from guard.errors import GuardError, UnsupportedGenerationError
@@ -53,6 +55,7 @@ class TransformersEngine:
         self.end_ids = end_ids(model, tokenizer, {})
         self._ends = self.end_ids  # of the generation in work
         self._special = frozenset(tokenizer.all_special_ids)
+        self._template = template_segments(tokenizer, self._special)
         self._steers = {rule.label: rule.steer for rule in monitor.policy.rules}
         self._hooks = monitor.encoder.hook_names
         self._last_hook = max(self._hooks, key=execution_order)
@@ -196,24 +199,24 @@ class TransformersEngine:
         acts = self.monitor.encoder.encode({name: hidden[:, 0] for name, hidden in self._hidden.items()})
         live = self._live(state, self._input_ids[:, 0].tolist())
         fired = self.monitor.observe_step(state, acts, live)
-        for row in range(len(state.request_ids)) if live is None else live.nonzero().flatten().tolist():
+        for row in range(len(state.request_ids)) if live is None else np.flatnonzero(live).tolist():
             state.observed[row] += 1
         self._act(fired)
 
-    def _live(self, state: BatchState, ids: Sequence[int]) -> Tensor | None:
+    def _live(self, state: BatchState, ids: Sequence[int]) -> npt.NDArray[np.bool_] | None:
         """Which rows hold a token to judge (not padding after the end, not a special token); None if all do."""
         for row, token in enumerate(ids):
             if token in self._ends:
                 state.ended[row] = True
         live = [not ended and token not in self._special for ended, token in zip(state.ended, ids, strict=True)]
-        return None if all(live) else torch.tensor(live, device=self.monitor.device)
+        return None if all(live) else np.array(live)
 
     def _judge_prompts(self, state: BatchState) -> None:
         assert self._input_ids is not None
         for row in range(self._input_ids.shape[0]):
             ids = self._input_ids[row]
             valid = torch.ones_like(ids, dtype=torch.bool) if self._mask is None else self._mask[row]
-            placed = layout(ids[valid].tolist(), self._special)
+            placed = layout(ids[valid].tolist(), self._special, self._template)
             observed = torch.from_numpy(placed.observed).to(self.monitor.device)
             segment = torch.from_numpy(placed.segment).to(self.monitor.device)[observed]
             at = valid.nonzero().flatten()[observed]

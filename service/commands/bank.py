@@ -55,6 +55,7 @@ def info(path: PathArgument = None, as_json: JsonOption = False) -> None:
                 "features": len(bank.features),
                 "features_by_head": domains,
                 "thresholds": {domain: head.thresholds for domain, head in bank.heads.items()},
+                "streaming_thresholds": {domain: head.streaming_thresholds for domain, head in bank.heads.items()},
                 "manifest": manifest.model_dump(),
             }
         )
@@ -228,10 +229,11 @@ def _hooks_table(bank: Bank) -> Table:
 
 def _heads_table(bank: Bank) -> Table:
     rates = sorted({rate for head in bank.heads.values() for rate in head.thresholds}, key=float)
-    table = _new_table(("domain",), ("in head", "tagged", *(f"threshold {float(r):g}" for r in rates)))
+    table = _new_table(("domain",), ("in head", "tagged", *(f"thresholds {float(r):g}" for r in rates)))
     for domain, head in bank.heads.items():
         tagged = sum(domain in feature.domains for feature in bank.features)
-        thresholds = (f"{head.thresholds[r]:.3f}" if r in head.thresholds else "-" for r in rates)
+        both = (head.thresholds, head.streaming_thresholds)  # for text that lies there whole, and that streams
+        thresholds = (" / ".join(f"{t[r]:.3f}" if r in t else "-" for t in both) for r in rates)
         table.add_row(domain, str(len(head.features)), str(tagged), *thresholds)
     return table
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import overhead, quality, results, tables
+from benchmarks import baselines, leave_one_source_out, overhead, quality, results, tables
 from benchmarks.keywords import KEYWORDS, count_keywords
 from benchmarks.results import RESULTS, Figure, parse_result, read_result, write_result
 from feature_bank.errors import DataError
 from feature_bank.taxonomy import DOMAINS
+from training.corpus import Document
 
 COMMITTED = sorted(RESULTS.glob("*"))
 FIGURES = {"decode_bs1": Figure(value=1.02, unit="ratio", n=15)}
@@ -103,20 +104,20 @@ def test_a_page_without_its_markers_is_refused(text: str) -> None:
 
 def test_perfect_scores_measure_one_and_a_constant_measures_chance() -> None:
     labels = np.arange(200) < 50
-    assert set(quality.measures(labels, labels.astype(float)).values()) == {1.0}
-    constant = quality.measures(labels, np.zeros(200))
+    assert set(baselines.measures(labels, labels.astype(float)).values()) == {1.0}
+    constant = baselines.measures(labels, np.zeros(200))
     assert constant == {"auroc": 0.5, "auprc": 0.25, "tpr_at_fpr1": 0.0, "tpr_at_fpr5": 0.0}
 
 
 def test_one_class_alone_has_no_measures() -> None:
-    assert quality.measures(np.ones(5, dtype=bool), np.arange(5.0)) == {}
+    assert baselines.measures(np.ones(5, dtype=bool), np.arange(5.0)) == {}
 
 
 def test_at_most_the_given_share_of_negatives_exceeds_the_threshold() -> None:
     rng = np.random.default_rng(0)
     for size in (1, 7, 99, 100, 1000):
         for negatives in (rng.normal(size=size), rng.integers(0, 3, size).astype(float)):
-            threshold = quality.threshold_at(negatives, 0.01)
+            threshold = baselines.threshold_at(negatives, 0.01)
             assert (negatives > threshold).mean() <= 0.01
 
 
@@ -126,9 +127,38 @@ def test_the_bootstrap_encloses_the_auroc_and_a_detector_leads_itself_by_nothing
     scores = labels + rng.normal(size=300)
     intervals = quality.bootstrap_auroc(labels, {"bank": scores, "probe": 2 * scores + 1}, repeats=100)
     low, high = intervals["bank"]
-    assert low < quality.measures(labels, scores)["auroc"] < high
+    assert low < baselines.measures(labels, scores)["auroc"] < high
     assert intervals["probe_lead"] == [0.0, 0.0]
     assert quality.bootstrap_auroc(labels, {"bank": scores, "probe": 2 * scores + 1}, repeats=100) == intervals
+
+
+def test_a_source_that_is_left_out_is_judged_and_never_fitted_on() -> None:
+    def rows(source: str, positive: bool, count: int) -> list[Document]:
+        return [
+            Document(
+                id=f"{source}{positive}{i}",
+                text="A text.",
+                role="passage",
+                domains=frozenset({"terror"} if positive else ()),
+                known=frozenset({"terror"}),
+                source=source,
+                licence="none",
+                split=("discovery", "calibration", "test")[i % 3],
+            )
+            for i in range(count)
+        ]
+
+    documents = rows("a", True, 60) + rows("a", False, 9) + rows("b", True, 60) + rows("c", False, 30)
+    found = list(leave_one_source_out.folds(documents + rows("d", True, 29), "terror"))
+    assert [fold.source for fold in found] == ["a", "b"]  # c has no positives, d too few
+    for fold in found:
+        assert not set(fold.fit.tolist()) & set(fold.judged.tolist())
+        assert {i for i, d in enumerate(documents) if d.source == fold.source} <= set(fold.judged.tolist())
+        assert all(documents[i].source != fold.source for i in fold.fit if i < len(documents))
+        others = [documents[i] for i in fold.judged if documents[i].source != fold.source]
+        assert others
+        assert not any(d.domains or d.split == "discovery" for d in others)
+    assert list(leave_one_source_out.folds(documents, "violence")) == []
 
 
 def test_an_operating_point_divides_by_nothing_empty() -> None:

@@ -32,15 +32,16 @@ def naive_average(values: torch.Tensor, segment: torch.Tensor, pooling: Pooling)
     return result
 
 
-def naive_agreement(logits: torch.Tensor, segment: torch.Tensor, tokens: int) -> list[list[float]]:
+def naive_agreement(logits: torch.Tensor, segment: torch.Tensor, tokens: int, settled: int) -> list[list[float]]:
     result = []
     for t in range(len(logits)):
-        before = [s for s in range(t + 1) if segment[s] == segment[t]]
+        counted = [s for s in range(t + 1) if segment[s] == segment[t]][settled - 1 :]
         ends = t + 1 == len(logits) or segment[t + 1] != segment[t]
-        if len(before) < tokens and not ends:
+        if len(counted) < tokens and not ends:
             result.append([-math.inf] * logits.shape[1])
         else:
-            result.append([min(float(logits[s, c]) for s in before[-tokens:]) for c in range(logits.shape[1])])
+            last = counted[-tokens:] or [t]
+            result.append([min(float(logits[s, c]) for s in last) for c in range(logits.shape[1])])
     return result
 
 
@@ -54,11 +55,11 @@ def test_moving_average_is_its_definition(
     torch.testing.assert_close(moving_average(values, segment, pooling), expected, atol=1e-6, rtol=1e-5)
 
 
-@given(data=segmented(), tokens=st.integers(1, 15))
-def test_agreement_is_its_definition(data: tuple[torch.Tensor, torch.Tensor], tokens: int) -> None:
+@given(data=segmented(), tokens=st.integers(1, 15), settled=st.integers(1, 8))
+def test_agreement_is_its_definition(data: tuple[torch.Tensor, torch.Tensor], tokens: int, settled: int) -> None:
     values, segment = data
-    expected = torch.tensor(naive_agreement(values, segment, tokens)).reshape(values.shape)
-    assert torch.equal(agreement(values, segment, tokens), expected)
+    expected = torch.tensor(naive_agreement(values, segment, tokens, settled)).reshape(values.shape)
+    assert torch.equal(agreement(values, segment, tokens, settled=settled), expected)
 
 
 @given(data=segmented(), other=st.integers(0, 999))

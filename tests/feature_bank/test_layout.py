@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_bank.layout import chat_ids, clean, content_ids, layout, render, scored_positions
+from feature_bank.layout import (
+    chat_ids,
+    clean,
+    content_ids,
+    layout,
+    render,
+    scored_positions,
+    template_segments,
+)
 
 START, END = 1, 2
 ANY_TEXT = st.text(st.characters(), max_size=60)  # lone surrogates included
@@ -120,3 +128,30 @@ def test_scored_positions_are_the_segment_of_the_text(tiny_tokenizer: Any, role:
     empty = render(tiny_tokenizer, "", role, max_tokens=99)
     assert scored_positions(empty, tiny_tokenizer.all_special_ids).dtype == np.int64
     assert len(scored_positions(empty, tiny_tokenizer.all_special_ids)) == 0
+
+
+def test_what_the_template_says_by_itself_is_not_scored_and_all_that_was_said_is(tiny_tokenizer: Any) -> None:
+    special = frozenset(tiny_tokenizer.all_special_ids)
+    template = template_segments(tiny_tokenizer, special)
+    for messages in (
+        [{"role": "user", "content": "hello there"}],
+        [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}],
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+    ):
+        ids = chat_ids(tiny_tokenizer, messages, add_generation_prompt=True).ids
+        plain, placed = layout(ids, special), layout(ids, special, template)
+        assert np.array_equal(plain.segment, placed.segment)
+        dropped = plain.observed & ~placed.observed
+        assert dropped.any()
+        assert np.count_nonzero(np.unique(placed.segment[placed.observed])) == len(messages)
+        said = [i for m in messages for i in content_ids(tiny_tokenizer, m["content"])]
+        kept = [token for token, observed in zip(ids, placed.observed, strict=True) if observed]
+        assert all(token in kept for token in said)
+
+
+def test_a_tokenizer_without_a_template_adds_nothing(tiny_tokenizer: Any) -> None:
+    class Plain:
+        def apply_chat_template(self, *_: Any, **_options: Any) -> str:
+            raise ValueError("no chat template")
+
+    assert template_segments(Plain(), frozenset({START})) == frozenset()  # type: ignore[arg-type]

@@ -91,7 +91,8 @@ def test_roles_choose_the_rules(attach: Attach) -> None:
 def test_rule_of_another_strictness_than_the_banks_is_applied(attach: Attach) -> None:
     rule = {"domain": "violence", "action": "flag", "evidence_tokens": 6}
     guard = attach(make_policy(rule), violence=True)
-    assert guard.score(["hello there, bird"], ["passage"])[0].verdicts[0].token_index == 5
+    # Six tokens at which the window of eight is full
+    assert guard.score(["hello there, bird"], ["passage"])[0].verdicts[0].token_index == 8 + 6 - 2
     assert guard.score(["abc"], ["passage"])[0].verdicts[0].token_index == 2  # shorter than the evidence
 
 

@@ -90,6 +90,7 @@ def write_bank(
             bias=5.0 if domain == "violence" else -5.0,
             calibration=Calibration(slope=1.0, intercept=0.0),
             thresholds={"0.01": 0.5},
+            streaming_thresholds={"0.01": 0.5},
             steering=[0.0],
         )
         for domain in DOMAINS

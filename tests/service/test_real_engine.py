@@ -52,6 +52,7 @@ def bank(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
             bias=5.0 if domain == "violence" else -5.0,
             calibration=Calibration(slope=1.0, intercept=0.0),
             thresholds={"0.01": 0.5},
+            streaming_thresholds={"0.01": 0.5},
             steering=[0.0],
         )
         for domain in DOMAINS

@@ -29,6 +29,7 @@ def head(**thresholds: float) -> HeadRecord:
         bias=0.0,
         calibration=Calibration(slope=1.0, intercept=0.0),
         thresholds=thresholds,
+        streaming_thresholds=thresholds,
         steering=[0.0],
     )
 
