@@ -210,16 +210,16 @@ class Bench:
 
         return {"plain": plain, "guarded": guarded, "full_sae": full_sae}
 
-    def instrumented(self, batch: int, tokens: int) -> dict[str, float]:
-        """One guarded decoding with the engine's own time taken apart: seconds by label, and "total"."""
+    def instrumented(self, run: Callable[[], float]) -> dict[str, float]:
+        """One guarded `run` with the engine's own time taken apart: seconds by label, and "total"."""
         watch = Stopwatch()
         with timed_engine(watch), self.guard.attach(self.loaded.model, self.loaded.tokenizer):
 
-            def run() -> float:
+            def timed() -> float:
                 watch.seconds.clear()  # of the pass that settled the caches
-                return self.decode(batch, tokens)
+                return run()
 
-            total = self._settled(run)
+            total = self._settled(timed)
         return {"hooks": 0.0, "finish": 0.0, "flush": 0.0} | watch.seconds | {"total": total}
 
     def _settled(self, run: Callable[[], float]) -> float:
@@ -251,8 +251,8 @@ def measure(bench: Bench, *, tokens: int, pairs: int) -> tuple[dict[str, Figure]
         figures[key] = Figure(value=found["guarded"]["median"], unit="ratio", n=pairs)
         figures[full_key] = Figure(value=found["full_sae"]["median"], unit="ratio", n=pairs)
         print(key, found, flush=True)
-    for key, batch in (("decode_bs1", 1), ("decode_bs8", len(PROMPTS))):
-        taken = [bench.instrumented(batch, tokens) for _ in range(pairs)]
+    for key, run in runs.items():
+        taken = [bench.instrumented(run) for _ in range(pairs)]
         shares = spread([t["hooks"] / t["total"] for t in taken])
         flush_ms = spread([1000 * t["flush"] for t in taken])
         implied = spread([t["total"] / (t["total"] - t["hooks"] - t["finish"]) for t in taken])
@@ -260,14 +260,14 @@ def measure(bench: Bench, *, tokens: int, pairs: int) -> tuple[dict[str, Figure]
             "hooks_share": shares,
             "finish_share": spread([t["finish"] / t["total"] for t in taken]),
             "flush_ms": flush_ms,
-            "hooks_ms_per_step": spread([1000 * t["hooks"] / tokens for t in taken]),
+            "hooks_ms_per_step": spread([1000 * t["hooks"] / (1 if key == "prefill" else tokens) for t in taken]),
             "implied_ratio": implied,
             "implied_ratio_without_flush": spread(
                 [(t["total"] - t["flush"]) / (t["total"] - t["hooks"] - t["finish"]) for t in taken]
             ),
         }
         figures[f"{key}_hooks_share"] = Figure(value=shares["median"], unit="share", n=pairs)
-        if batch == 1:
+        if key == "decode_bs1":
             figures["flush_ms"] = Figure(value=flush_ms["median"], unit="ms", n=pairs)
         print(f"{key}_hooks", detail[f"{key}_hooks"], flush=True)
     return figures, detail

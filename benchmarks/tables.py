@@ -74,6 +74,8 @@ def quality_tables(result: Result) -> str:
         _points(detail),
     ]
     parts += ["### Probes by layer (AUROC on the development rows)", _layers(detail)]
+    if left_out := detail.get("leave_one_source_out"):
+        parts += ["### One source of positives left out of the fitting (AUROC)", _left_out(result, left_out)]
     parts += ["### By source", _sources(detail)]
     return "\n\n".join(parts)
 
@@ -136,6 +138,19 @@ def _layers(detail: dict[str, Any]) -> str:
     return markdown(["domain", *(f"layer {n}" for n in layers), "layer chosen", "best in hindsight"], rows)
 
 
+def _left_out(result: Result, detail: dict[str, Any]) -> str:
+    detectors = ("bank", "probe", "tfidf")
+    rows: list[list[object]] = []
+    for domain, sources in detail.items():
+        rows += [
+            [domain, source, f"{found['positive']} / {found['rows']}", *(_number(found[d]) for d in detectors)]
+            for source, found in sources.items()
+        ]
+        means = [_number(result.value(f"loso_auroc_{domain}{suffix}")) for suffix in _SUFFIXES[:3]]
+        rows.append([domain, "**mean**", None, *means])
+    return markdown(["domain", "source left out", "positive / rows", *_HEADINGS[:3]], rows)
+
+
 def _sources(detail: dict[str, Any]) -> str:
     rows = [
         [
@@ -178,11 +193,12 @@ def overhead_tables(result: Result) -> str:
         for key, title in titles.items()
     ]
     apart = []
-    for key, title in (("decode_bs1_hooks", "batch 1"), ("decode_bs8_hooks", "batch 8")):
-        own = detail[key]
+    for key, title in titles.items():
+        if (own := detail.get(f"{key}_hooks")) is None:
+            continue
         apart.append(
             [
-                f"decoding, {title}",
+                title,
                 _percent(own["hooks_share"]["median"]),
                 _ms(own["hooks_ms_per_step"]),
                 _ms(own["flush_ms"]),
