@@ -87,15 +87,18 @@ class Exchange:
 
 
 def demo_policy() -> Policy:
-    """One rule a domain, so that each action is seen: flag, block and steer."""
+    """Rules for every domain, so that each action is seen: flag, block and steer."""
     from guard.policy import Policy, Rule, Steer, Threshold
 
     at = Threshold(fpr=0.01)
     return Policy(
         name="demo",
         rules=(
-            # Its easy negatives put one in a hundred below a half, where a question about history is flagged too
-            Rule(domain="politics", threshold=Threshold(probability=0.9), action="flag"),
+            # Its easy negatives put one prompt in a hundred below a half, where a question about history is flagged too
+            Rule(
+                domain="politics", scope=("prompt",), threshold=Threshold(probability=0.9), action="flag", name="prompt"
+            ),
+            Rule(domain="politics", scope=("response",), threshold=at, action="flag", name="response"),
             # Its strictest negatives (quoted threats, crude insults) put one in a hundred out of a plain threat's reach
             Rule(domain="violence", threshold=Threshold(probability=0.95), action="block"),
             Rule(domain="pornography", threshold=at, action="steer", steer=Steer(op="add", strength=-1.5)),
@@ -165,6 +168,8 @@ def show_policy(console: Console, policy: Policy) -> None:
             line.append(f" from a probability of {rule.threshold.probability:g}")
         else:
             line.append(f" from the bank's threshold for {rule.threshold.fpr:.0%} of false positives")
+        if len(rule.scope) == 1:
+            line.append(f", in the {rule.scope[0]}")
         console.print(line)
     console.print()
 
