@@ -44,6 +44,15 @@ def identify(model: Any, tokenizer: Any, model_id: str) -> ModelIdentity:
     )
 
 
+def weights_digest(model: Any) -> str:
+    """sha256 over the beginning of every weight: tells a fine-tuned model from the one it came from."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def check_identity(model: Any, tokenizer: Any, expected: ModelIdentity) -> None:
     """Raise BankError naming the difference if the bank was made for another model or tokenizer."""
     found = identify(model, tokenizer, expected.id)
