@@ -13,6 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import importlib.util
 import random
+import signal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with Ctrl-C ignored
 
 STAGES = frozenset({"model", "slow", "vllm", "browser", "prometheus", "ray", "gpu"})
 SPECIAL_TOKENS = ("<unk>", "<|im_start|>", "<|im_end|>")

@@ -45,12 +45,12 @@ def feature_stats(sae: SAE, activations: Float[Tensor, "tokens d_in"], *, block:
     sample = activations[:: -(-activations.shape[0] // _SAMPLE_TOKENS)].float()
     tokens = sample.shape[0]
     rank = max(1, round(tokens * 0.001))
-    weight, bias = sae.folded_encoder()
+    weight, bias, threshold = sae.rows()
     scale, density = [], []
     for start in range(0, sae.d_sae, block):
         part = slice(start, start + block)
         pre = weight[:, part].T @ sample.T + bias[part, None]  # features by rows: each row's top is found in place
-        acts = torch.where(pre > sae.threshold[part, None], pre, 0.0)
+        acts = torch.where(pre > threshold[part, None], pre, 0.0)
         top = acts.topk(rank, dim=1, sorted=False).values
         percentile, largest = top.amin(1), top.amax(1)
         scale.append(torch.where(percentile > 0, percentile, torch.where(largest > 0, largest, 1.0)))
@@ -67,11 +67,11 @@ def batch_topk_agreement(
     step = max(CHUNK, activations.shape[0] // batches)
     for start in range(0, activations.shape[0], step):
         x = activations[start : start + CHUNK // 4].float()
-        weight, bias = sae.folded_encoder()
+        weight, bias, threshold = sae.rows()
         pre = torch.addmm(bias, x, weight).relu()
         cut = pre.flatten().kthvalue(max(1, pre.numel() - k * x.shape[0] + 1)).values
         full = pre[:, chosen] >= cut.clamp_min(1e-12)
-        rows = pre[:, chosen] > sae.threshold[chosen]
+        rows = pre[:, chosen] > threshold[chosen]
         true, called, both = true + int(full.sum()), called + int(rows.sum()), both + int((full & rows).sum())
     return both / max(called, 1), both / max(true, 1)
 
@@ -90,12 +90,12 @@ def pool_documents(
     """
     pooled = torch.zeros(n_documents, sae.d_sae)
     count = torch.from_numpy(np.bincount(documents, minlength=n_documents))
-    weight, bias = sae.folded_encoder()
+    weight, bias, threshold = sae.rows()
     divisor = torch.from_numpy(scale)
     start = 0
     for chunk in _chunks(activations):
         pre = torch.addmm(bias, chunk, weight)
-        acts = torch.where(pre > sae.threshold, pre, 0.0).div_(divisor).clamp_max_(pooling.ceiling)
+        acts = torch.where(pre > threshold, pre, 0.0).div_(divisor).clamp_max_(pooling.ceiling)
         pooled.index_add_(0, torch.from_numpy(documents[start : start + chunk.shape[0]]), acts)
         start += chunk.shape[0]
     pooled /= count.clamp_min(pooling.min_tokens)[:, None]

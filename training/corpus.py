@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,25 +41,37 @@ class Document:
         return domain in self.domains if domain in self.known else None
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a JSON-lines file, gzipped or not.
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSON-lines file, gzipped or not, a line in memory at a time.
 
-    Raises DataError naming the file and line for anything that is not a JSON object with a string `text`.
+    Raises DataError naming the file and line for anything that is not a JSON object.
     """
-    try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as e:
-        raise DataError(f"{path}: cannot be read: {e}") from e
-    for number, line in enumerate(io.BytesIO(raw), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
             raise DataError(f"{path}, line {number}: not valid JSON: {e}") from e
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}, field 'text': expected an object with a string field 'text'")
+        yield number, row
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: cannot be read: {e}") from e
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`read_objects`, each with a string `text`. Raises DataError naming the file and line of one without."""
+    for number, row in read_objects(path):
+        if not isinstance(row.get("text"), str):
             raise DataError(f"{path}, line {number}, field 'text': expected an object with a string field 'text'")
         yield number, row
 
@@ -144,6 +155,8 @@ class TokenSequence:
     document: int
     ids: list[int]
     positions: npt.NDArray[np.int64]
+    special: int = 0
+    """How many of `ids` are special tokens."""
 
 
 def tokenise(documents: Sequence[Document], tokenizer: Tokenizer, *, max_tokens: int) -> list[TokenSequence]:
@@ -156,7 +169,8 @@ def tokenise(documents: Sequence[Document], tokenizer: Tokenizer, *, max_tokens:
         rendered = render(tokenizer, document.text, document.role, max_tokens=len(head) + max_tokens, head=head)
         positions = scored_positions(rendered, special)
         if len(positions):
-            sequences.append(TokenSequence(document=index, ids=rendered.ids, positions=positions))
+            count = sum(token in special for token in rendered.ids)
+            sequences.append(TokenSequence(document=index, ids=rendered.ids, positions=positions, special=count))
     return sequences
 
 

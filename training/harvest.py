@@ -1,66 +1,93 @@
 """Activations of a corpus at several hook points, from one truncated forward pass, into shards on disk.
 
 A shard covers a fixed list of documents and is written atomically; a run that was stopped goes on with the first
-missing shard, so an interruption costs at most the shard in work, and the shards do not depend on interruptions.
+missing shard, so an interruption costs at most the two shards in work (one computed, one being written), and the bytes
+of the shards do not depend on interruptions.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from feature_bank.atomic import atomic_file
 from feature_bank.errors import DataError
+from feature_bank.identity import weights_digest
 from guard.capture import pad_batch, truncated_forward
+from training.cache import (
+    FORMAT,
+    MANIFEST,
+    OUTLIERS,
+    SUMMARY,
+    Harvest,
+    IntArray,
+    open_harvest,
+    read_manifest,
+    run_id,
+    shard_path,
+)
 from training.corpus import TokenSequence
+from training.outliers import summarise
+from training.shards import DOCUMENT, TOKEN, length_name, open_shard, write_shard, written
 
-MANIFEST = "harvest.json"
-BATCH_TOKENS = 4096
+__all__ = ["MANIFEST", "Harvest", "harvest", "open_harvest", "plan_shards"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Harvest:
-    """A finished cache. Token rows lie in shard order; documents are indices into the corpus."""
-
-    folder: Path
-    hook_names: tuple[str, ...]
-    shards: tuple[Path, ...]
-    documents: np.ndarray[Any, np.dtype[np.int64]]
-    """(tokens,) the document of every row; a document's rows are consecutive and in order."""
-    token_ids: np.ndarray[Any, np.dtype[np.int64]]
-    """(tokens,) the token of every row."""
-
-    def activations(self, hook_name: str) -> Float[Tensor, "tokens d_in"]:
-        """All activations of one hook point, bfloat16, in memory: 2 * tokens * d_in bytes."""
-        parts = []
-        for shard in self.shards:
-            with safe_open(shard, framework="pt") as tensors:
-                parts.append(tensors.get_tensor(hook_name))
-        return torch.cat(parts)
+BLOCK_ROWS = 256
+CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16_384
 
 
-def plan_shards(sequences: Sequence[TokenSequence], *, shard_tokens: int) -> list[list[TokenSequence]]:
-    """Sequences by length, cut into shards of about `shard_tokens` tokens. A pure function of its arguments."""
-    ordered = sorted(sequences, key=lambda s: (len(s.ids), s.document))
-    shards: list[list[TokenSequence]] = [[]]
-    filled = 0
-    for sequence in ordered:
-        if filled >= shard_tokens:
-            shards.append([])
-            filled = 0
-        shards[-1].append(sequence)
-        filled += len(sequence.ids)
+class Survey(NamedTuple):
+    """What one pass over the sequences tells."""
+
+    lengths: IntArray
+    """(sequences,) tokens the model reads."""
+    rows: IntArray
+    """(sequences,) tokens whose activations are kept."""
+    documents: IntArray
+    special: int
+    """Special tokens, which are not kept."""
+    sha256: str
+
+
+def survey(sequences: Sequence[TokenSequence]) -> Survey:
+    """Count and hash the sequences. Raises DataError if there is none, or a document comes twice."""
+    if not sequences:
+        raise DataError("no text gives a token to harvest; give more text")
+    digest = hashlib.sha256()
+    counted = np.empty((len(sequences), 3), dtype=np.int64)
+    special = 0
+    for index, s in enumerate(sequences):
+        counted[index] = len(s.ids), len(s.positions), s.document
+        special += s.special
+        digest.update(np.asarray([s.document, len(s.ids), *s.ids], dtype=np.int64).tobytes())
+        digest.update(s.positions.tobytes())
+    lengths, rows, documents = counted.T
+    found, times = np.unique(documents, return_counts=True)
+    if (times > 1).any():
+        raise DataError(f"document {found[times > 1][0]} comes more than once; a document is one sequence")
+    return Survey(lengths, rows, documents, special, digest.hexdigest())
+
+
+def plan_shards(lengths: IntArray, documents: IntArray, *, shard_tokens: int) -> list[IntArray]:
+    """Sequences (as indices) by length, cut into shards of about `shard_tokens` tokens each."""
+    order = np.lexsort((documents, lengths))
+    shards: list[IntArray] = []
+    start = filled = 0
+    for place, length in enumerate(lengths[order].tolist(), 1):
+        filled += length
+        if filled >= shard_tokens or place == len(order):
+            shards.append(order[start:place])
+            start, filled = place, 0
     return shards
 
 
@@ -72,104 +99,159 @@ def harvest(
     *,
     fingerprint: dict[str, Any],
     shard_tokens: int = 16_384,
+    batch_tokens: int | None = None,
+    block_rows: int = BLOCK_ROWS,
     on_shard: Callable[[int, int, int], None] | None = None,
 ) -> Harvest:
     """Capture `hook_names` on all sequences into `folder`, resuming what is there.
 
-    fingerprint: what the activations depend on besides the sequences (model, tokenizer). on_shard(done, total, tokens).
+    fingerprint: what the activations depend on besides the sequences and the weights (model, tokenizer, layout).
+    batch_tokens: padded tokens of a forward pass; by default 2,048 on a CPU and 16,384 on an accelerator. block_rows:
+    rows that share a checksum. on_shard(done, total, tokens) is called when a shard is on disk.
 
-    Raises DataError if there is no sequence, the folder holds another harvest or a damaged shard, or an activation is
-    not finite.
+    Raises DataError if there is no sequence, a document comes twice, the folder holds another harvest or a damaged
+    shard, another process is harvesting into it, an activation is not finite, or the disk is full. What was finished
+    stays.
     """
-    if not sequences:
-        raise DataError("no text gives a token to harvest; give more text")
-    plan = plan_shards(sequences, shard_tokens=shard_tokens)
-    manifest = {
+    counted = survey(sequences)
+    plan = plan_shards(counted.lengths, counted.documents, shard_tokens=shard_tokens)
+    weight = next(model.parameters())
+    if batch_tokens is None:
+        batch_tokens = CPU_BATCH_TOKENS if weight.device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
         **fingerprint,
+        "weights": weights_digest(model),
+        "computed_in": str(weight.dtype).removeprefix("torch."),
+        "stored_in": "bfloat16",
         "hook_names": list(hook_names),
         "shard_tokens": shard_tokens,
-        "sequences": _hash(sequences),
+        "batch_tokens": batch_tokens,
+        "block_rows": block_rows,
+        "sequences": counted.sha256,
+        "documents": len(sequences),
+        "tokens": int(counted.lengths.sum()),
+        "rows": int(counted.rows.sum()),
+        "special_tokens": counted.special,
         "shards": len(plan),
     }
-    _claim(folder / MANIFEST, manifest)
-    paths = [folder / f"shard-{i:05d}.safetensors" for i in range(len(plan))]
-    done = 0
-    for number, (path, members) in enumerate(zip(paths, plan, strict=True)):
-        tokens = sum(len(s.ids) for s in members)
-        if not path.exists():
-            tensors = _capture(model, members, hook_names)
-            with atomic_file(path) as tmp:
-                save_file(tensors, tmp)
-        done += tokens
-        if on_shard is not None:
-            on_shard(number + 1, len(plan), done)
-    documents, token_ids = [], []
-    for path in paths:
-        try:
-            with safe_open(path, framework="np") as tensors:
-                documents.append(tensors.get_tensor("document"))
-                token_ids.append(tensors.get_tensor("token"))
-        except SafetensorError as e:
-            raise DataError(f"{path}: a damaged shard ({e}); remove it and run again") from e
-    return Harvest(
-        folder=folder,
-        hook_names=tuple(hook_names),
-        shards=tuple(paths),
-        documents=np.concatenate(documents).astype(np.int64),
-        token_ids=np.concatenate(token_ids).astype(np.int64),
-    )
+    manifest = json.loads(json.dumps(manifest))  # as it will be read back
+    run = run_id(manifest)
+    tokens = np.cumsum([counted.lengths[members].sum() for members in plan]).tolist()
+    with _claimed(folder, manifest):
+        pending: tuple[int, Future[None]] | None = None
+
+        def settle() -> None:
+            """Wait until the shard that is being written is on disk."""
+            nonlocal pending
+            if pending is not None:
+                (number, result), pending = pending, None
+                result.result()
+                if on_shard is not None:
+                    on_shard(number + 1, len(plan), tokens[number])
+
+        made = 0
+        with ThreadPoolExecutor(1, thread_name_prefix="sailguard-harvest") as writer:  # an error waits for it, too
+            for number, members in enumerate(plan):
+                path = shard_path(folder, number)
+                if path.exists():
+                    settle()
+                    _check(path, run, number, block_rows, hook_names, int(counted.rows[members].sum()))
+                    if on_shard is not None:
+                        on_shard(number + 1, len(plan), tokens[number])
+                    continue
+                made += 1
+                tensors = _capture(model, [sequences[i] for i in members.tolist()], hook_names, batch_tokens)
+                settle()
+                write = partial(write_shard, path, tensors, run=run, number=number, block_rows=block_rows)
+                pending = number, writer.submit(write)
+            settle()
+        if made or not (folder / SUMMARY).exists():
+            summarise(folder, manifest)
+    return open_harvest(folder)
 
 
-def _capture(model: Any, members: Sequence[TokenSequence], hook_names: Sequence[str]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    found: dict[str, list[Tensor]] = {name: [] for name in hook_names}
+def _batches(members: Sequence[TokenSequence], batch_tokens: int) -> Iterator[Sequence[TokenSequence]]:
+    """Sequences, sorted by length, in batches of at most `batch_tokens` tokens with their padding (one at least)."""
     start = 0
-    while start < len(members):  # members are sorted by length, so the last of a batch is its longest
+    while start < len(members):
         stop = start + 1
-        while stop < len(members) and (stop + 1 - start) * len(members[stop].ids) <= BATCH_TOKENS:
+        while stop < len(members) and (stop + 1 - start) * len(members[stop].ids) <= batch_tokens:
             stop += 1
-        batch = members[start:stop]
+        yield members[start:stop]
         start = stop
-        ids, mask = pad_batch([s.ids for s in batch], 0, device)
-        hidden = truncated_forward(model, hook_names, ids, mask)
-        rows = torch.cat([torch.full((len(s.positions),), row) for row, s in enumerate(batch)]).to(device)
-        columns = torch.from_numpy(np.concatenate([s.positions for s in batch])).to(device)
+
+
+def _capture(
+    model: Any, members: Sequence[TokenSequence], hook_names: Sequence[str], batch_tokens: int
+) -> dict[str, Tensor]:
+    """The tensors of one shard."""
+    device = next(model.parameters()).device
+    rows = sum(len(s.positions) for s in members)
+    kept: dict[str, Tensor] = {}
+    lengths = {name: torch.empty(rows, device=device) for name in hook_names}
+    start = 0
+    for batch in _batches(members, batch_tokens):
+        # No mask: padding stands on the right, where a causal model's earlier positions cannot see it
+        ids, _ = pad_batch([s.ids for s in batch], 0, device)
+        hidden = truncated_forward(model, hook_names, ids)
+        flat = np.concatenate([s.positions + row * ids.shape[1] for row, s in enumerate(batch)])
+        index = torch.from_numpy(flat).to(device)
+        stop = start + len(flat)
         for name in hook_names:
-            kept = hidden[name][rows, columns]
-            if not bool(torch.isfinite(kept).all()):
-                raise DataError(f"the model gave NaN or infinity at {name}; check the model's weights and dtype")
-            found[name].append(kept.to(torch.bfloat16).cpu())
-    tensors = {name: torch.cat(parts) for name, parts in found.items()}
-    tensors["document"] = torch.cat([torch.full((len(s.positions),), s.document, dtype=torch.int32) for s in members])
-    tensors["token"] = torch.cat(
-        [torch.tensor(s.ids, dtype=torch.int32)[torch.from_numpy(s.positions)] for s in members]
-    )
+            x = hidden[name]
+            if name not in kept:
+                kept[name] = torch.empty(rows, x.shape[-1], dtype=torch.bfloat16, device=device)
+            stored = kept[name][start:stop]
+            stored.copy_(x.reshape(-1, x.shape[-1]).index_select(0, index))
+            lengths[name][start:stop] = stored.float().norm(dim=1)
+        start = stop
+    tensors = {name: tensor.cpu() for name, tensor in kept.items()}  # once a shard: an accelerator waits for nothing
+    documents = np.repeat([s.document for s in members], [len(s.positions) for s in members])
+    tensors[DOCUMENT] = torch.from_numpy(documents.astype(np.int32))
+    tokens = np.concatenate([np.asarray(s.ids, dtype=np.int32)[s.positions] for s in members])
+    tensors[TOKEN] = torch.from_numpy(tokens)
+    for name in hook_names:
+        length = tensors[length_name(name)] = lengths[name].cpu()
+        if not bool(torch.isfinite(length).all()):  # any value of the row that is not finite makes it so
+            bad = documents[int(torch.nonzero(~torch.isfinite(length))[0])]
+            raise DataError(
+                f"the model gave NaN or infinity at {name} (document {bad}); check the model's weights and dtype"
+            )
     return tensors
 
 
-def _hash(sequences: Sequence[TokenSequence]) -> str:
-    digest = hashlib.sha256()
-    for s in sequences:
-        digest.update(np.asarray([s.document, *s.ids], dtype=np.int64).tobytes())
-        digest.update(s.positions.tobytes())
-    return digest.hexdigest()
+def _check(path: Path, run: str, number: int, block_rows: int, hook_names: Sequence[str], rows: int) -> None:
+    """Refuse a shard that is cut short, damaged in its header, or another one."""
+    with open_shard(path, run, number, block_rows) as shard:
+        for name in (*hook_names, DOCUMENT, TOKEN, *map(length_name, hook_names)):
+            if shard.shape(name)[0] != rows:
+                raise DataError(f"{path}, field {name!r}: {shard.shape(name)[0]} rows, {rows} were expected; remove it")
 
 
-def _claim(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or check that it is the one already there."""
-    if path.exists():
+@contextmanager
+def _claimed(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
+    """Hold the folder: write the manifest or check the one there, and clear away what a killed run left.
+
+    Raises DataError if the folder belongs to another harvest, or to another process now.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        with written(path) as file:
+            file.write(json.dumps(manifest, indent=1).encode() + b"\n")
+    found = read_manifest(path)
+    for field in (*manifest, *found):
+        if found.get(field) != manifest.get(field):
+            raise DataError(
+                f"{path}, field {field!r}: the cached activations come from other text, settings or another model; "
+                f"remove {folder} or use another work folder"
+            )
+    with path.open("rb") as file:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise DataError(f"{path}: damaged ({e}); remove the folder and run again") from e
-        if not isinstance(found, dict):
-            raise DataError(f"{path}: damaged (no JSON object); remove the folder and run again")
-        for field, value in manifest.items():
-            if found.get(field) != value:
-                raise DataError(
-                    f"{path}, field {field!r}: the cached activations come from other text, settings or another model; "
-                    f"remove {path.parent} or use another work folder"
-                )
-        return
-    with atomic_file(path) as tmp:
-        tmp.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except BlockingIOError as e:
+            raise DataError(f"{folder}: another process is harvesting into it; wait for it or stop it") from e
+        for name in ("shard-*", MANIFEST, OUTLIERS, SUMMARY):
+            for leftover in folder.glob(f".{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+        yield

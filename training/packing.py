@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from feature_bank.bank import Bank, Rows, save_bank
-from feature_bank.errors import DataError
+from feature_bank.errors import BankError, DataError
 from feature_bank.layout import render, scored_positions
 from feature_bank.sae import SAE
 from feature_bank.schema import Canary, HeadRecord, Heads, HookRecord, Pooling
@@ -221,6 +221,10 @@ def _scored(
 
 
 def _rows(sae: SAE, indices: list[int]) -> Rows:
+    if sae.encoder_only:
+        raise BankError(
+            "only the encoder of this SAE was published, and a bank's rows are what a policy steers with", field="W_dec"
+        )
     part = sae.select(indices or [0])
     return Rows(
         W_enc=part.W_enc.numpy(),

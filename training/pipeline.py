@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from feature_bank.atomic import atomic_file
 from feature_bank.bank import Bank
 from feature_bank.errors import DataError, SailguardError
-from feature_bank.formats.saelens import WEIGHTS_FILE, load_saelens, save_saelens
+from feature_bank.formats.saelens import WEIGHTS_FILE
+from feature_bank.identity import weights_digest
 from feature_bank.schema import CorpusRecord, ModelIdentity, Pooling
 from guard.hook_points import parse_hook_name
 from training.corpus import Document, TokenSequence, corpus_hash, read_documents, tokenise
 from training.harvest import Harvest, harvest
 from training.packing import build_bank
+from training.reader import ActivationReader
 from training.selected import TrainedHook
-from training.trainer import TrainerConfig, train_sae
-
-Reporter = Callable[[str, int, int, str], None]
-"""report(stage, done, total, detail): called often; `done == total` ends the stage."""
+from training.sweep import PREFIX, Reporter
+from training.trainer import SaeRun, TrainerConfig, train_saes
 
 _HERE = Path(__file__).parent
 # What the stages that keep results (activations, SAEs) depend on; the later ones are made anew each time.
@@ -81,7 +81,7 @@ def load_preset(name: str) -> Preset:
     """A shipped preset by name, or a YAML file by path. Raises DataError naming the field that is wrong."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else _HERE / "presets" / f"{name}.yaml"
     if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in (_HERE / "presets").glob("*.yaml")))
+        shipped = ", ".join(sorted(p.stem for p in (_HERE / "presets").glob("*.yaml") if not p.stem.startswith(PREFIX)))
         raise DataError(f"preset {name!r} not found; shipped are {shipped}, or give the path of a YAML file")
     try:
         return Preset.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -138,7 +138,7 @@ def prepare(
         fingerprint={"model": identity.config_hash, "tokenizer": identity.tokenizer_hash},
         on_shard=lambda done, total, tokens: report("harvest", done, total, f"{tokens:,} tokens"),
     )
-    hooks = [_train_hook(cache, name, identity, preset, work, report) for name in preset.hook_points]
+    hooks = _train_hooks(cache, identity, preset, work, report)
     return Prepared(documents=documents, records=records, cache=cache, hooks=hooks)
 
 
@@ -201,17 +201,8 @@ def _budget(documents: list[Document], tokenizer: Any, preset: Preset) -> tuple[
                 break
             left -= len(sequence.positions)
             labelled.append(general[start + sequence.document])
-            sequences.append(TokenSequence(document=len(labelled) - 1, ids=sequence.ids, positions=sequence.positions))
+            sequences.append(replace(sequence, document=len(labelled) - 1))
     return labelled, sequences
-
-
-def _weights_digest(model: Any) -> str:
-    """sha256 over the beginning of every weight: tells a fine-tuned model from the one it came from."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _claim(work: Path, preset: Preset, documents: Sequence[Document], identity: ModelIdentity, model: Any) -> None:
@@ -221,7 +212,7 @@ def _claim(work: Path, preset: Preset, documents: Sequence[Document], identity: 
             "preset": preset.model_dump(mode="json", include=_CACHED),
             "corpus": corpus_hash(documents),
             "model": identity.config_hash,
-            "weights": _weights_digest(model),
+            "weights": weights_digest(model),
         },
         indent=1,
     )
@@ -234,35 +225,35 @@ def _claim(work: Path, preset: Preset, documents: Sequence[Document], identity: 
         tmp.write_text(mine, encoding="utf-8")
 
 
-def _train_hook(
-    cache: Harvest, name: str, identity: ModelIdentity, preset: Preset, work: Path, report: Reporter
-) -> TrainedHook:
-    """Train (or read back) the SAE of one hook point."""
-    folder, quality_file = work / "saes" / name, work / "saes" / f"{name}.json"
-    config = TrainerConfig(**preset.sae.model_dump(), seed=preset.seed)
-    stage = f"sae {name}"
-    if quality_file.exists():
-        sae = load_saelens(folder)
-    else:
-        sae, stats = train_sae(
-            cache.activations(name),
-            name,
-            work / "checkpoints" / name,
-            config,
-            on_step=lambda step, steps, s: report(
-                stage, step, steps, f"fvu {s.fvu:.3f}, l0 {s.l0:.0f}, dead {s.dead_fraction:.1%}"
-            ),
-        )
-        save_saelens(sae, folder, model_name=identity.id, metadata={"k": config.k, "training": asdict(config)})
-        with atomic_file(quality_file) as tmp:
-            tmp.write_text(json.dumps(stats._asdict()), encoding="utf-8")
-    quality = json.loads(quality_file.read_text(encoding="utf-8"))
-    report(stage, 1, 1, f"fvu {quality['fvu']:.3f}, l0 {quality['l0']:.0f}, dead {quality['dead_fraction']:.1%}")
-    return TrainedHook(
-        sae=sae,
-        sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
-        k=config.k,
-        fvu=quality["fvu"],
-        l0=quality["l0"],
-        dead_fraction=quality["dead_fraction"],
+def _train_hooks(
+    cache: Harvest, identity: ModelIdentity, preset: Preset, work: Path, report: Reporter
+) -> list[TrainedHook]:
+    """Train (or read back) the SAEs of all hook points."""
+    settings = preset.sae.model_dump()
+    config = TrainerConfig(options={"k": settings.pop("k")}, **settings, seed=preset.seed)
+    reader = ActivationReader(cache, preset.hook_points, batch_tokens=config.batch_tokens, seed=preset.seed)
+    trained = train_saes(
+        reader,
+        [SaeRun(name, config, name=name) for name in preset.hook_points],
+        work,
+        on_step=lambda run, step, steps, stats: report(f"sae {run.name}", step, steps, _described(stats._asdict())),
+        model_name=identity.id,
     )
+    hooks = []
+    for found in trained:
+        report(f"sae {found.run.name}", 1, 1, _described(found.figures))
+        hooks.append(
+            TrainedHook(
+                sae=found.load(),
+                sha256=hashlib.sha256((found.folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
+                k=preset.sae.k,
+                fvu=found.figures["fvu"],
+                l0=found.figures["l0"],
+                dead_fraction=found.figures["dead_fraction"],
+            )
+        )
+    return hooks
+
+
+def _described(figures: Mapping[str, float]) -> str:
+    return f"fvu {figures['fvu']:.3f}, l0 {figures['l0']:.0f}, dead {figures['dead_fraction']:.1%}"

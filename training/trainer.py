@@ -1,67 +1,111 @@
-"""The training loop of one SAE over cached activations: batches, optimiser, schedule, checkpoints, exact resume."""
+"""The training loop: many SAEs from one pass over cached activations, each with exact resume.
+
+Every SAE is a run of its own, with its own weights, optimiser, schedule, checkpoints and folder; what the runs share is
+the reading. A run depends on nothing but its settings and the data, so that it ends the same alone or beside others,
+and whatever interrupted it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from safetensors.torch import load_file, save_file
+from jaxtyping import Float
 from torch import Tensor
 
-from feature_bank.atomic import atomic_folder
-from feature_bank.errors import DataError
+from feature_bank.errors import BankError, DataError
+from feature_bank.formats.saelens import CONFIG_FILE, load_saelens, save_saelens
 from feature_bank.sae import SAE
-from training.architectures import BatchTopK, StepStats
+from training.architectures import StepStats
+from training.batches import Batch, Reader, TensorReader, checked, inliers, read_ahead
+from training.checkpoints import (
+    first_difference,
+    read_checkpoint,
+    remove_checkpoints,
+    remove_leftovers,
+    write_checkpoint,
+)
+from training.devices import choose_autocast, choose_device
+from training.interruption import held_back, sole_user
+from training.run_state import RunState, resolve_options
+from training.runs import SaeRun, TrainerConfig, label, learning_rate
 
-STATE_FILE = "state.json"
-TENSORS_FILE = "tensors.safetensors"
-OUTLIER_FACTOR = 8.0
+__all__ = [
+    "OnStep",
+    "SaeRun",
+    "TrainedSae",
+    "TrainerConfig",
+    "inliers",
+    "label",
+    "learning_rate",
+    "train_sae",
+    "train_saes",
+]
+
+OnStep = Callable[[SaeRun, int, int, StepStats], None]
+"""on_step(run, step, steps, stats), with the number of steps made."""
+
+SAE_FOLDER = "saes"
+CHECKPOINT_FOLDER = "checkpoints"
+SAMPLE_ROWS = 16_384
+PREFETCH = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """How one SAE is trained."""
+@dataclass(frozen=True)
+class TrainedSae:
+    """A finished run: a SAELens folder, and the figures that its `cfg.json` records."""
 
-    expansion: int = 8
-    """d_sae over d_in."""
-    k: int = 32
-    """Mean number of active features a token."""
-    batch_tokens: int = 2048
-    epochs: int = 2
-    """Passes over the cached activations."""
-    lr: float = 1.2e-3
-    warmup_fraction: float = 0.05
-    decay_fraction: float = 0.3
-    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
-    clip_norm: float = 1.0
-    dead_after_tokens: int = 100_000
-    checkpoint_every: int = 100
-    """Steps between checkpoints; an interruption loses at most these."""
-    seed: int = 0
+    run: SaeRun
+    folder: Path
+    figures: Mapping[str, float]
+    """fvu, l0, dead_fraction: means of the last steps; steps, tokens, seconds, tokens_per_second."""
+
+    def load(self) -> SAE:
+        """Read the SAE. Raises BankError naming the file and field that are damaged."""
+        return load_saelens(self.folder)
 
 
-def learning_rate(step: int, steps: int, config: TrainerConfig) -> float:
-    """Linear warm-up, constant, linear decay to zero."""
-    warmup = max(1, round(steps * config.warmup_fraction))
-    decay = max(1, round(steps * config.decay_fraction))
-    return config.lr * min(1.0, (step + 1) / warmup, (steps - step) / decay)
+def train_saes(
+    reader: Reader,
+    runs: Sequence[SaeRun],
+    folder: Path,
+    *,
+    on_step: OnStep | None = None,
+    model_name: str = "",
+) -> list[TrainedSae]:
+    """Train all `runs` in one pass over the reader (as many as the longest has epochs), and return them in order.
 
+    SAEs are kept in `folder/saes/RUN`, checkpoints in `folder/checkpoints/RUN` until the run is finished. Called again
+    after an interruption of any kind, finished runs are read back and the others go on from their checkpoints, ending
+    with the same bits on a CPU as if nothing had happened. Ctrl-C and SIGTERM first write checkpoints.
 
-def inliers(activations: Float[Tensor, "tokens d_in"]) -> Bool[Tensor, " tokens"]:
-    """Which rows are not attention-sink outliers: those up to eight times the median length.
-
-    A few positions carry activations a hundred times longer than all others; one of them in a batch would be its loss.
-    Raises DataError for NaN or infinity.
+    Raises DataError naming the run and field for settings that do not fit the data or the architecture, activations or
+    gradients that are not finite, a finished SAE or checkpoint of another configuration, or a folder that is in use;
+    naming the file if one is damaged or cannot be written. What was finished before stays.
     """
-    length = torch.cat([part.float().norm(dim=1) for part in torch.split(activations, 65_536)])
-    if not bool(torch.isfinite(length).all()):  # one NaN makes the median NaN, and no row would be left
-        raise DataError("the activations hold NaN or infinity")
-    return length <= OUTLIER_FACTOR * length.median()
+    _check(reader, runs)
+    generators = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with sole_user(folder), torch.random.fork_rng(devices=generators):
+        sample = reader.sample(SAMPLE_ROWS)
+        identity = _data_identity(reader, sample)
+        fingerprints = {run.name: _fingerprint(run, identity, sample) for run in runs}
+        trained = {run.name: _finished(run, folder, fingerprints[run.name]) for run in runs}
+        states = []
+        for run in runs:
+            if trained[run.name] is None:
+                state = RunState(run, sample, steps=reader.steps_per_epoch * run.config.epochs)
+                _restore(state, folder, fingerprints[run.name])
+                states.append(state)
+        del sample
+        for finished in _train(reader, states, folder, fingerprints, on_step, model_name):
+            trained[finished.run.name] = finished
+    return [found for run in runs if (found := trained[run.name]) is not None]
 
 
 def train_sae(
@@ -72,105 +116,167 @@ def train_sae(
     *,
     on_step: Callable[[int, int, StepStats], None] | None = None,
 ) -> tuple[SAE, StepStats]:
-    """Train a BatchTopK SAE and return its JumpReLU form with the last steps' mean statistics.
+    """Train one SAE on activations in memory: any floating dtype, one row a token. See `train_saes`."""
+    reader = TensorReader({hook_name: activations}, batch_tokens=config.batch_tokens, seed=config.seed)
+    report: OnStep | None = None
+    if on_step is not None:
 
-    activations: any floating dtype, one row a token; may be memory-mapped. Checkpoints go to `folder`; a run that was
-    stopped continues from the last one and ends with the same weights as an uninterrupted run.
-
-    Raises DataError for activations that are not finite, too few rows, or a checkpoint of another configuration.
-    """
-    try:
-        activations = activations[inliers(activations)]
-    except DataError as e:
-        raise DataError(f"{hook_name}: {e}; harvest again") from e
-    tokens, d_in = activations.shape
-    if tokens < config.batch_tokens:
-        raise DataError(
-            f"{tokens} activations at {hook_name} are fewer than one batch of {config.batch_tokens}; give more text"
-        )
-    steps_per_epoch = tokens // config.batch_tokens
-    steps = steps_per_epoch * config.epochs
-    sample = activations[:: max(1, tokens // 20_000)].float()
-    sae = BatchTopK.create(
-        sample,
-        d_sae=config.expansion * d_in,
-        k=config.k,
-        dead_after_tokens=config.dead_after_tokens,
-        seed=config.seed,
-    )
-    optimiser = torch.optim.Adam(list(sae.parameters().values()), lr=config.lr, betas=(0.9, 0.999), fused=True)
-    fingerprint = {"config": asdict(config), "hook_name": hook_name, "tokens": tokens, "d_in": d_in}
-    step, recent = _restore(folder, fingerprint, sae, optimiser)
-
-    order, epoch = torch.empty(0, dtype=torch.long), -1
-    while step < steps:
-        if step // steps_per_epoch != epoch:
-            epoch = step // steps_per_epoch
-            order = torch.randperm(tokens, generator=torch.Generator().manual_seed(config.seed * 1009 + epoch))
-        start = (step % steps_per_epoch) * config.batch_tokens
-        batch = activations[order[start : start + config.batch_tokens]].float()
-        grads, stats = sae.gradients(batch)
-        norm = math.sqrt(sum(float(g.pow(2).sum()) for g in grads.values()))
-        if not math.isfinite(norm):
-            raise DataError(f"the gradient at {hook_name}, step {step}, is not finite; are all activations finite?")
-        for name, parameter in sae.parameters().items():
-            parameter.grad = grads[name] * min(1.0, config.clip_norm / (norm + 1e-12))
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, config)
-        optimiser.step()
-        sae.renormalise()
-        step += 1
-        recent = [*recent[-49:], stats]
-        if on_step is not None:
+        def report(_run: SaeRun, step: int, steps: int, stats: StepStats) -> None:
             on_step(step, steps, stats)
-        if step % config.checkpoint_every == 0 or step == steps:
-            _checkpoint(folder, fingerprint, sae, optimiser, step, recent)
-    mean = StepStats(*(sum(values) / len(recent) for values in zip(*recent, strict=True)))
-    return sae.export(hook_name), mean
+
+    (trained,) = train_saes(reader, [SaeRun(hook_name, config, name=hook_name)], folder, on_step=report)
+    return trained.load(), StepStats(**{name: trained.figures[name] for name in StepStats._fields})
 
 
-def _checkpoint(
-    folder: Path,
-    fingerprint: dict[str, object],
-    sae: BatchTopK,
-    optimiser: torch.optim.Adam,
-    step: int,
-    recent: list[StepStats],
-) -> None:
-    tensors = {name: p.detach().clone().contiguous() for name, p in sae.parameters().items()}
-    tensors["tokens_since_fired"] = sae.tokens_since_fired.clone()
-    for name, parameter in sae.parameters().items():
-        moments = optimiser.state[parameter]
-        tensors[f"exp_avg.{name}"] = moments["exp_avg"].clone().contiguous()
-        tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"].clone().contiguous()
-    state = {
-        "fingerprint": fingerprint,
-        "step": step,
-        "threshold": sae.threshold,
-        "last_cut": sae._last_cut,
-        "recent": [list(stats) for stats in recent],
+def _check(reader: Reader, runs: Sequence[SaeRun]) -> None:
+    """Refuse what cannot be trained before anything is written."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            raise DataError(f"two SAEs have the name {run.name!r}; give each another 'name'")
+        for hook_name in filter(None, (run.hook_name, run.hook_name_out)):
+            if hook_name not in reader.hook_names:
+                raise DataError(f"{run.name}: {hook_name!r} is not in the cache; it has {', '.join(reader.hook_names)}")
+        if run.config.batch_tokens != reader.batch_tokens:
+            raise DataError(
+                f"{run.name}, field 'batch_tokens': {run.config.batch_tokens} is not the reader's {reader.batch_tokens}"
+            )
+        resolve_options(run)
+    if reader.steps_per_epoch < 1:
+        raise DataError(
+            f"{reader.tokens} activations at {', '.join(reader.hook_names)} are fewer than one batch of "
+            f"{reader.batch_tokens}; give more text"
+        )
+
+
+def _data_identity(reader: Reader, sample: Batch) -> dict[str, Any]:
+    """What tells one cache from another: its size, the order it is read in, and the bytes of a sample."""
+    digests = {name: hashlib.sha256(rows.numpy().tobytes()).hexdigest() for name, rows in sample.items()}
+    return {"tokens": reader.tokens, "order": dict(reader.order), "sample": digests}
+
+
+def _fingerprint(run: SaeRun, identity: Mapping[str, Any], sample: Batch) -> dict[str, Any]:
+    own = [name for name in (run.hook_name, run.hook_name_out) if name]
+    resolved = {
+        "options": resolve_options(run)[1].model_dump(mode="json"),
+        "autocast": choose_autocast(run.config.autocast, choose_device(run.config.device)),
     }
-    with atomic_folder(folder) as tmp:
-        save_file(tensors, tmp / TENSORS_FILE)
-        (tmp / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+    return {
+        "config": {**run.config.meaning(), **resolved},
+        "hook_name": run.hook_name,
+        "hook_name_out": run.hook_name_out,
+        "d_in": sample[run.hook_name].shape[1],
+        "data": {**identity, "sample": {name: identity["sample"][name] for name in own}},
+    }
 
 
-def _restore(
-    folder: Path, fingerprint: dict[str, object], sae: BatchTopK, optimiser: torch.optim.Adam
-) -> tuple[int, list[StepStats]]:
-    if not (folder / STATE_FILE).exists():
-        return 0, []
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    if state["fingerprint"] != fingerprint:
-        raise DataError(f"the checkpoint in {folder} belongs to another configuration; remove it or use another folder")
-    tensors = load_file(folder / TENSORS_FILE)
-    for name, parameter in sae.parameters().items():
-        parameter.copy_(tensors[name])
-        optimiser.state[parameter] = {
-            "step": torch.tensor(float(state["step"])),
-            "exp_avg": tensors[f"exp_avg.{name}"].clone(memory_format=torch.preserve_format),
-            "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].clone(memory_format=torch.preserve_format),
-        }
-    sae.tokens_since_fired = tensors["tokens_since_fired"]
-    sae.threshold, sae._last_cut = state["threshold"], state["last_cut"]
-    return int(state["step"]), [StepStats(*stats) for stats in state["recent"]]
+def _finished(run: SaeRun, folder: Path, fingerprint: Mapping[str, Any]) -> TrainedSae | None:
+    """The SAE of a run that was finished earlier."""
+    target = folder / SAE_FOLDER / run.name
+    file = target / CONFIG_FILE
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))["metadata"]["training"]
+        theirs, figures = record["fingerprint"], record["figures"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{file}, field 'metadata.training': damaged ({e!r}); remove {target} to train it anew") from e
+    differing = first_difference(theirs, json.loads(json.dumps(fingerprint)))
+    if differing is not None:
+        raise DataError(
+            f"{file}, field {'metadata.training.fingerprint.' + differing[0]!r}: a finished SAE of another "
+            f"configuration: it has {differing[1]!r}, this run {differing[2]!r}; remove {target} or use another folder"
+        )
+    remove_checkpoints(folder / CHECKPOINT_FOLDER / run.name)  # a kill may have come just before
+    return TrainedSae(run, target, figures)
+
+
+def _restore(state: RunState, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    checkpoints = folder / CHECKPOINT_FOLDER / state.run.name
+    remove_leftovers(checkpoints)
+    checkpoint = read_checkpoint(checkpoints, fingerprint=fingerprint)
+    if checkpoint is not None:
+        state.restore(checkpoint, str(checkpoints))
+
+
+def _train(
+    reader: Reader,
+    states: list[RunState],
+    folder: Path,
+    fingerprints: Mapping[str, Mapping[str, Any]],
+    on_step: OnStep | None,
+    model_name: str,
+) -> list[TrainedSae]:
+    """Make the steps that are left; a run is written, and its memory freed, when it is finished."""
+    kept = {state.run.name: (state.step, time.monotonic()) for state in states}
+
+    def settle(state: RunState) -> None:
+        found = state.settle()
+        for step, stats in enumerate(found, state.step - len(found) + 1):
+            if on_step is not None:
+                on_step(state.run, step, state.steps, stats)
+
+    def keep(state: RunState) -> None:
+        settle(state)
+        path = folder / CHECKPOINT_FOLDER / state.run.name
+        write_checkpoint(path, state.checkpoint(), fingerprint=fingerprints[state.run.name])
+        kept[state.run.name] = (state.step, time.monotonic())
+
+    def is_due(state: RunState) -> bool:
+        config = state.run.config
+        elapsed = time.monotonic() - kept[state.run.name][1]
+        return state.step % config.checkpoint_every == 0 and elapsed >= config.checkpoint_seconds
+
+    finished: list[TrainedSae] = []
+    if not states:
+        return finished
+    step = min(state.step for state in states)
+    batches = checked(reader.batches(step), step)
+    depth = max(PREFETCH if (d := state.run.config.prefetch) is None else d for state in states)
+    pin = any(state.device.type == "cuda" for state in states)
+    with held_back() as stopping, read_ahead(batches, depth, pin=pin) as ahead:
+        while states and not stopping():
+            placed: dict[torch.device, Batch] = {torch.device("cpu"): next(ahead)}
+            for state in [s for s in states if s.step == step]:  # a run whose checkpoint is newer waits for the others
+                if state.advance(_place(placed, state.device)):
+                    settle(state)
+                if state.step == state.steps:
+                    finished.append(_finish(state, folder, fingerprints[state.run.name], model_name))
+                    states.remove(state)
+                elif is_due(state):
+                    keep(state)
+            step += 1
+        for state in states:
+            if state.step > kept[state.run.name][0]:
+                keep(state)
+    if states:  # the signal's handler, which has been called now, did not end the program
+        raise KeyboardInterrupt
+    return finished
+
+
+def _place(placed: dict[torch.device, Batch], device: torch.device) -> Batch:
+    """The batch on `device`, moved there once for all runs."""
+    if device not in placed:
+        batch = placed[torch.device("cpu")]
+        placed[device] = {name: rows.to(device, non_blocking=True) for name, rows in batch.items()}
+    return placed[device]
+
+
+def _finish(state: RunState, folder: Path, fingerprint: Mapping[str, Any], model_name: str) -> TrainedSae:
+    """Write the SAE and then drop its checkpoints."""
+    run, figures = state.run, state.figures
+    target = folder / SAE_FOLDER / run.name
+    try:
+        save_saelens(
+            state.export(),
+            target,
+            model_name=model_name,
+            metadata={"training": {"fingerprint": fingerprint, "figures": figures}},
+        )
+    except BankError as e:
+        raise DataError(
+            f"{target}: the trained SAE cannot be written ({e.message}); its last checkpoint is whole: make room and "
+            "run the same command again"
+        ) from e
+    remove_checkpoints(folder / CHECKPOINT_FOLDER / run.name)
+    return TrainedSae(run, target, figures)

@@ -1,26 +1,63 @@
-"""`train`: a feature bank of one's own."""
+"""`train`: a feature bank of one's own; `train saes`: many SAEs at once; `train harvest`: the activations alone."""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
+from typer.core import TyperGroup
 
 from feature_bank.errors import DataError, SailguardError
-from service.commands.options import ModelOption
-from service.commands.terminal import error_console, output_console, plain
+from service.commands.harvest import harvest
+from service.commands.options import JsonOption, ModelOption
+from service.commands.terminal import error_console, output_console, plain, print_json
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from training.trainer import TrainedSae
+
+__all__ = ["build_app"]
 
 DATA_FOLDER = "SAILGUARD_DATA"
 DATA_FILES = ("fit.jsonl.gz", "general.jsonl.gz")
 LINE_SECONDS = 30.0
+BANK = "bank"
+
+MoreArgument = Annotated[
+    list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files, as if each followed --data.")
+]
 
 
-def train(
+class TrainGroup(TyperGroup):
+    """A group of which `bank` is meant if no command is named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Name the command that the user left out."""
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = [BANK, *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The commands, and then what `train` takes without one."""
+        super().format_help(ctx, formatter)
+        bank = self.commands[BANK]
+        bank.format_help(type(ctx)(bank, info_name=f"[{BANK}]", parent=ctx), formatter)
+
+
+def build_app() -> typer.Typer:
+    """The group `train`."""
+    app = typer.Typer(cls=TrainGroup, help="Train a feature bank, or its parts alone. Without a command: a bank.")
+    app.command(BANK)(train_bank)
+    app.command()(saes)
+    app.command()(harvest)
+    return app
+
+
+def train_bank(
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The bank to write.")],
     preset: Annotated[str, typer.Option("--preset", help="Named settings, or a preset file.")] = "smollm2-135m",
     data: Annotated[
@@ -32,9 +69,7 @@ def train(
             f"Default: {' and '.join(DATA_FILES)} in the folder that {DATA_FOLDER} names.",
         ),
     ] = None,
-    more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files, as if each followed --data.")
-    ] = None,
+    more: MoreArgument = None,
     work: Annotated[
         Path | None,
         typer.Option(
@@ -48,19 +83,16 @@ def train(
 ) -> None:
     """Train SAEs on a model's activations and distil them into a feature bank."""
     _check_target(out, overwrite)
-    paths = [*(data or []), *(more or [])] or _default_data()
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; check --data")
+    paths = _existing([*(data or []), *(more or [])] or _default_data())
 
     from feature_bank.identity import identify
     from guard.models import load_model
-    from training.pipeline import load_preset, train_bank
+    from training import pipeline
 
-    settings = load_preset(preset)
+    settings = pipeline.load_preset(preset)
     loaded = load_model(model)
     with _StageReport() as report:
-        bank = train_bank(
+        bank = pipeline.train_bank(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
             identity=identify(loaded.model, loaded.tokenizer, loaded.model_id),
@@ -71,6 +103,88 @@ def train(
             report=report,
         )
     output_console().print(f"{bank.version}: {len(bank.features)} features in {out}", markup=False, soft_wrap=True)
+
+
+def saes(
+    config: Annotated[str, typer.Option("--config", metavar="FILE", help="A sweep's YAML file, or a shipped name.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the SAEs and their table are written.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="FILE", help="JSON lines, gzipped or not; several times for several files."),
+    ] = None,
+    more: MoreArgument = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", metavar="FOLDER", help="Activations that were harvested before, instead of --data."),
+    ] = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train many SAEs at once: layers, sparsities, seeds and architectures, from one pass over the activations.
+
+    Run again after an interruption, it goes on where it stopped; SAEs that are finished stay as they are.
+    """
+    paths = _existing([*(data or []), *(more or [])])
+    if bool(paths) == (cache is not None):
+        raise DataError("name the files of text with --data, or the folder of harvested activations with --cache")
+
+    from training.sweep import load_sweep, rows, train_cached, train_sweep
+
+    sweep = load_sweep(config)
+    with _StageReport() as report:
+        if cache is not None:
+            from training.cache import open_harvest
+
+            trained = train_cached(sweep, open_harvest(cache), out, report=report)
+        else:
+            from feature_bank.identity import identify
+            from guard.models import load_model
+
+            loaded = load_model(model)
+            trained = train_sweep(
+                sweep,
+                model=loaded.model,
+                tokenizer=loaded.tokenizer,
+                identity=identify(loaded.model, loaded.tokenizer, loaded.model_id),
+                data=paths,
+                out=out,
+                report=report,
+            )
+    if as_json:
+        print_json(rows(trained))
+    else:
+        output_console().print(_table(trained))
+
+
+def _table(trained: list[TrainedSae]) -> Table:
+    """One line an SAE; beside the options stands whatever else is not the same for all."""
+    from dataclasses import fields
+
+    from rich.table import Table
+
+    columns = {"architecture", "options", "seed"}
+    names = [field.name for field in fields(trained[0].run.config) if field.name not in columns]
+    varying = [name for name in names if len({repr(getattr(sae.run.config, name)) for sae in trained}) > 1]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("hook point", "architecture", "options"):
+        table.add_column(name, overflow="fold")
+    for name in ("seed", "fvu", "l0", "dead", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for sae in trained:
+        run, figures = sae.run, sae.figures
+        target = f" to {run.hook_name_out}" if run.hook_name_out else ""
+        options = {**run.config.options, **{name: getattr(run.config, name) for name in varying}}
+        table.add_row(
+            plain(run.hook_name + target),
+            run.config.architecture,
+            plain(", ".join(f"{name} {value}" for name, value in options.items())),
+            str(run.config.seed),
+            f"{figures['fvu']:.4f}",
+            f"{figures['l0']:.1f}",
+            f"{figures['dead_fraction']:.2%}",
+            f"{figures['tokens_per_second']:,.0f}",
+        )
+    return table
 
 
 class _StageReport:
@@ -120,6 +234,13 @@ def _default_data() -> list[Path]:
     if not folder:
         raise DataError(f"there is nothing to train on: name files with --data, or set {DATA_FOLDER} to their folder")
     return [Path(folder) / name for name in DATA_FILES]
+
+
+def _existing(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check --data")
+    return paths
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

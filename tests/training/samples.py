@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +63,6 @@ def toy_harvest(folder: Path, **options: Any) -> Harvest:
     model = arguments.pop("model", None) or LlamaForCausalLM()
     sequences = arguments.pop("sequences", None) or toy_sequences()
     return harvest(model, sequences, arguments.pop("hook_names", TOY_HOOKS), folder, **arguments)
-
-
-def harvest_killed_while_writing(folder: Path, shard: int) -> None:
-    """Harvest, and die as if the power failed, with half of the given shard on disk."""
-    module: Any = import_module("training.harvest")
-    real, written = module.save_file, 0
-
-    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
-        nonlocal written
-        real(tensors, path)
-        if written == shard:
-            os.truncate(path, path.stat().st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        written += 1
-
-    module.save_file = save_file
-    toy_harvest(folder)
 
 
 def contents(folder: Path, names: Iterable[str] | None = None) -> dict[str, bytes]:
