@@ -15,6 +15,7 @@ from feature_bank.errors import DataError
 from feature_bank.taxonomy import DOMAINS
 
 BEGIN, END = "<!-- BEGIN table -->", "<!-- END table -->"
+TRAINING = "training"  # the name of the second pair of markers in docs/performance.md
 DOCS = Path(__file__).parents[1] / "docs"
 NOT_MEASURED = "No result is committed yet."
 _DETECTORS = ("bank", "probe", "tfidf", "keywords")
@@ -22,16 +23,17 @@ _SUFFIXES = ("", "_probe", "_tfidf", "_keywords")
 _HEADINGS = ("bank", "probe", "TF-IDF", "keywords")
 
 
-def replace_table(text: str, table: str, file: str) -> str:
-    """`text` with what stands between its markers replaced.
+def replace_table(text: str, table: str, file: str, *, name: str = "table") -> str:
+    """`text` with what stands between the markers called `name` replaced.
 
     Raises DataError unless each marker occurs once, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise DataError(f"{file}: needs one {BEGIN} and, after it, one {END}")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{table}\n{END}{tail}"
+    begin, end = (marker.replace("table", name) for marker in (BEGIN, END))
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise DataError(f"{file}: needs one {begin} and, after it, one {end}")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{table}\n{end}{tail}"
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -238,18 +240,26 @@ def _ms(values: dict[str, Any]) -> str:
     return f"{values['median']:.3g}"
 
 
-PAGES: dict[str, tuple[str, Callable[[Result], str]]] = {
-    "quality": ("quality.md", quality_tables),
-    "overhead": ("performance.md", overhead_tables),
+def _training_tables(result: Result) -> str:
+    from benchmarks.training_tables import training_tables  # it uses what is above
+
+    return training_tables(result)
+
+
+PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
+    "quality": ("quality.md", "table", quality_tables),
+    "overhead": ("performance.md", "table", overhead_tables),
+    "training": ("performance.md", TRAINING, _training_tables),
 }
+"""Result -> (page, name of its markers there, what stands between them)."""
 
 
 def page(name: str, folder: Path = RESULTS) -> tuple[Path, str]:
     """(the page, what it should say) according to the result `name` in `folder`."""
-    file, render = PAGES[name]
+    file, markers, render = PAGES[name]
     path, source = DOCS / file, folder / f"{name}.json"
     table = render(read_result(source)) if source.exists() else NOT_MEASURED
-    return path, replace_table(path.read_text(encoding="utf-8"), table, file)
+    return path, replace_table(path.read_text(encoding="utf-8"), table, file, name=markers)
 
 
 def update(name: str, folder: Path = RESULTS) -> None:
