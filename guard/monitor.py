@@ -60,7 +60,6 @@ class Monitor:
             domains=len(self.domains),
             features=self.encoder.n_features,
             rules=len(self.streaming_rules.rules),
-            evidence_tokens=self.bank.pooling.evidence_tokens,
             device=self.device,
         )
 
@@ -141,26 +140,36 @@ class Monitor:
         pooling, table = self.bank.pooling, self.streaming_rules
         clipped = feature_acts.clamp_max(pooling.ceiling)
         evidence = (clipped @ self.heads.weight).cpu().numpy()  # the one wait for the device
-        rows = np.arange(len(evidence)) if live is None else np.flatnonzero(live)
-        if not len(rows):
-            return []
-        if np.isnan(evidence[rows]).any():
-            raise GuardError(_NOT_FINITE)
-        slot = state.count[rows] % pooling.window
-        if len(rows) == len(evidence) and (slot == slot[0]).all():
-            state.feature_ring[:, int(slot[0])] = clipped  # a slice is much cheaper to write than gathered rows
+        if (
+            live is None and state.steps is not None
+        ):  # a few operations on slices: most of a step's cost is their number
+            step = state.steps
+            if step == state.logits.shape[1]:
+                state.make_room()
+            state.steps = step + 1
+            state.count += 1
+            state.feature_ring[:, step % pooling.window] = clipped
+            total = np.add(state.evidence[:, step], evidence, out=state.evidence[:, step + 1])
+            earlier = state.evidence[:, max(0, step + 1 - pooling.window)]
+            divisor = max(min(step + 1, pooling.window), pooling.min_tokens)
+            logits = np.divide(total - earlier, divisor, out=state.logits[:, step])
+            logits += self.heads.offset
+            if np.isnan(logits.sum()):
+                raise GuardError(_NOT_FINITE)
+            counts = logits[:, table.domain] >= table.logit
+            if step + 1 < pooling.settle_tokens or not counts.any():
+                state.runs.fill(0)
+                return []
+            rows = np.arange(len(logits))
         else:
-            state.feature_ring[torch.from_numpy(rows), torch.from_numpy(slot)] = clipped[torch.from_numpy(rows)]
-        state.ring[rows, slot] = evidence[rows]
-        state.count[rows] += 1
-        count = state.count[rows]
-        divisor = np.clip(count, pooling.min_tokens, max(pooling.window, pooling.min_tokens))
-        logits = state.ring[rows].sum(1) / divisor[:, None] + self.heads.offset
-        state.recent[rows, (count - 1) % pooling.evidence_tokens] = logits
-        enough = (count >= pooling.settle_tokens + pooling.evidence_tokens - 1)[:, None]
-        agreed = np.where(enough, state.recent[rows].min(1), -np.inf)
-        state.best_response[rows] = np.maximum(state.best_response[rows], agreed)
-        counts = (logits[:, table.domain] >= table.logit) & (count >= pooling.settle_tokens)[:, None]
+            state.steps = None  # from here on the rows have counts of their own
+            rows = np.arange(len(evidence)) if live is None else np.flatnonzero(live)
+            if not len(rows):
+                return []
+            logits = self._advance(state, rows, clipped, evidence[rows])
+            if np.isnan(logits).any():
+                raise GuardError(_NOT_FINITE)
+            counts = (logits[:, table.domain] >= table.logit) & (state.count[rows] >= pooling.settle_tokens)[:, None]
         runs = (state.runs[rows] + 1) * counts
         state.runs[rows] = runs
         fired = (runs >= table.evidence_tokens) & ~state.latched[rows]
@@ -176,8 +185,32 @@ class Monitor:
             self._record(state, row, [verdict])
         return verdicts
 
+    def _advance(
+        self,
+        state: BatchState,
+        rows: npt.NDArray[np.int64],
+        clipped: Float[Tensor, "B F"],
+        evidence: npt.NDArray[np.float32],
+    ) -> npt.NDArray[np.float64]:
+        """The logits after one more token of the sequences `rows`, which may have seen different numbers of them."""
+        pooling = self.bank.pooling
+        count = state.count[rows]
+        if int(count.max()) == state.logits.shape[1]:
+            state.make_room()
+        index = torch.from_numpy(rows)
+        state.feature_ring[index, torch.from_numpy(count % pooling.window)] = clipped[index]
+        state.evidence[rows, count + 1] = state.evidence[rows, count] + evidence
+        state.count[rows] += 1
+        count += 1
+        earlier = state.evidence[rows, np.maximum(count - pooling.window, 0)]
+        divisor = np.clip(count, pooling.min_tokens, max(pooling.window, pooling.min_tokens))
+        logits = (state.evidence[rows, count] - earlier) / divisor[:, None] + self.heads.offset
+        state.logits[rows, count - 1] = logits
+        return logits
+
     def finish(self, state: BatchState) -> list[tuple[int, Verdict]]:
-        """At the end of the responses: rules that all counted tokens met, of a response shorter than their evidence.
+        """At the end of the responses: their best agreed logits, and rules that all counted tokens met, of a response
+        shorter than their evidence.
 
         Where the average has not settled yet, the last token is the one that counts.
         """
@@ -186,10 +219,12 @@ class Monitor:
         for row in np.flatnonzero(state.count > 0).tolist():
             count = int(state.count[row])
             counted = max(count - pooling.settle_tokens + 1, 1)
-            recent = [(count - 1 - back) % pooling.evidence_tokens for back in range(pooling.evidence_tokens)]
-            if counted < pooling.evidence_tokens:
-                state.best_response[row] = state.recent[row, recent[:counted]].min(0)
-            last = state.recent[row, recent[0], table.domain]
+            logits = torch.from_numpy(state.logits[row, :count])
+            agreed = agreement(
+                logits, torch.zeros(count, dtype=torch.long), pooling.evidence_tokens, settled=pooling.settle_tokens
+            )
+            state.best_response[row] = agreed.amax(0).numpy()
+            last = state.logits[row, count - 1, table.domain]
             met = state.runs[row] == counted if count >= pooling.settle_tokens else last >= table.logit
             for rule in np.flatnonzero(met & (counted < table.evidence_tokens) & ~state.latched[row]).tolist():
                 verdicts.append((row, self._response_verdict(state, row, rule, float(last[rule]))))

@@ -15,14 +15,18 @@ from torch import Tensor
 
 from guard.events import Verdict
 
+ROOM = 256  # tokens a row that a fresh state has room for; it doubles when they are spent
+
 
 @dataclass(kw_only=True)
 class BatchState:
     """The state of the B sequences of one generation; row b of every tensor belongs to sequence b."""
 
     request_ids: tuple[str, ...]
-    ring: npt.NDArray[np.float64]
-    """(B, window, D): what each of the last tokens adds to the domains' averages."""
+    evidence: npt.NDArray[np.float64]
+    """(B, 1 + room, D): sums over the tokens so far of what each adds to the domains' averages, from 0 on."""
+    logits: npt.NDArray[np.float64]
+    """(B, room, D): the logits after each token."""
     feature_ring: Tensor
     """(B, window, F): the clipped activations behind it, kept to name the features when a rule fires."""
     count: npt.NDArray[np.int64]
@@ -35,14 +39,14 @@ class BatchState:
     """(B, D): highest agreed logit in the prompt."""
     best_response: npt.NDArray[np.float64]
     """(B, D): highest agreed logit in the response."""
-    recent: npt.NDArray[np.float64]
-    """(B, evidence_tokens, D): the last logits, for their agreement."""
     ended: list[bool]
     """Of each sequence, whether a token has ended it; what follows in its row is padding."""
     verdicts: list[list[Verdict]] = field(default_factory=list)
     blocked: list[bool] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     observed: list[int] = field(default_factory=list)
+    steps: int | None = 0
+    """What every entry of `count` is, while all rows advance together; None once they do not."""
     failed: bool = False
     """Whether the guard itself failed while these sequences ran."""
 
@@ -55,7 +59,6 @@ class BatchState:
         domains: int,
         features: int,
         rules: int,
-        evidence_tokens: int,
         device: torch.device,
     ) -> BatchState:
         """The state before the first token; one row for each of `request_ids`."""
@@ -63,17 +66,22 @@ class BatchState:
         low = np.full((batch, domains), -np.inf)
         return cls(
             request_ids=request_ids,
-            ring=np.zeros((batch, window, domains)),
+            evidence=np.zeros((batch, 1 + ROOM, domains)),
+            logits=np.zeros((batch, ROOM, domains)),
             feature_ring=torch.zeros(batch, window, features, device=device),
             count=np.zeros(batch, dtype=np.int64),
             runs=np.zeros((batch, rules), dtype=np.int64),
             latched=np.zeros((batch, rules), dtype=np.bool_),
             best_prompt=low.copy(),
             best_response=low.copy(),
-            recent=np.full((batch, evidence_tokens, domains), -np.inf),
             ended=[False] * batch,
             verdicts=[[] for _ in range(batch)],
             blocked=[False] * batch,
             generated=[0] * batch,
             observed=[0] * batch,
         )
+
+    def make_room(self) -> None:
+        """Double the tokens that the histories have room for."""
+        self.evidence = np.concatenate([self.evidence, np.zeros_like(self.logits)], axis=1)
+        self.logits = np.concatenate([self.logits, np.zeros_like(self.logits)], axis=1)

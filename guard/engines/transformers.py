@@ -191,7 +191,7 @@ class TransformersEngine:
     @torch.inference_mode()  # always, since tensors of a state that began in it can be changed only in it
     def _judge(self, state: BatchState) -> None:
         assert self._input_ids is not None
-        if set(self._hidden) != set(self._hooks):
+        if len(self._hidden) != len(self._hooks):
             raise GuardError(f"hooks did not fire: {sorted(set(self._hooks) - set(self._hidden))}")
         if self._begins:
             self._judge_prompts(state)
