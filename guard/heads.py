@@ -56,11 +56,14 @@ class BoundRule(NamedTuple):
 class RuleTable:
     """The rules of one scope (prompt or response), as aligned arrays."""
 
-    def __init__(self, rules: tuple[BoundRule, ...]) -> None:
+    def __init__(self, rules: tuple[BoundRule, ...], domains: int) -> None:
         self.rules = rules
         self.domain = np.array([r.domain for r in rules], dtype=np.int64)
         self.logit = np.array([r.logit for r in rules], dtype=np.float64)
         self.evidence_tokens = np.array([r.evidence_tokens for r in rules], dtype=np.int64)
+        self.lowest = np.full(domains, np.inf)
+        """(domains,): the lowest logit at which any rule of a domain counts."""
+        np.minimum.at(self.lowest, self.domain, self.logit)
 
 
 def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, streaming: bool) -> RuleTable:
@@ -88,4 +91,4 @@ def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, 
                 evidence_tokens=rule.evidence_tokens or bank.pooling.evidence_tokens,
             )
         )
-    return RuleTable(tuple(bound))
+    return RuleTable(tuple(bound), len(heads.domains))

@@ -58,9 +58,7 @@ class Monitor:
             tuple(request_ids),
             window=self.bank.pooling.window,
             domains=len(self.domains),
-            features=self.encoder.n_features,
             rules=len(self.streaming_rules.rules),
-            device=self.device,
         )
 
     def judge(self, feature_acts: Float[Tensor, "n F"], segment: Int[Tensor, " n"]) -> Judged:
@@ -140,27 +138,31 @@ class Monitor:
         pooling, table = self.bank.pooling, self.streaming_rules
         clipped = feature_acts.clamp_max(pooling.ceiling)
         evidence = (clipped @ self.heads.weight).cpu().numpy()  # the one wait for the device
-        if (
-            live is None and state.steps is not None
-        ):  # a few operations on slices: most of a step's cost is their number
+        if live is None and state.steps is not None:
+            # A few operations on slices: after the model has been through the caches, their number is the cost
             step = state.steps
             if step == state.logits.shape[1]:
                 state.make_room()
             state.steps = step + 1
             state.count += 1
-            state.feature_ring[:, step % pooling.window] = clipped
+            for recent in state.recent:
+                recent.append(clipped)
             total = np.add(state.evidence[:, step], evidence, out=state.evidence[:, step + 1])
             earlier = state.evidence[:, max(0, step + 1 - pooling.window)]
             divisor = max(min(step + 1, pooling.window), pooling.min_tokens)
             logits = np.divide(total - earlier, divisor, out=state.logits[:, step])
             logits += self.heads.offset
-            if np.isnan(logits.sum()):
+            if (logits < table.lowest).all():  # which NaN is not
+                if state.counting:
+                    state.runs.fill(0)
+                    state.counting = False
+                return []
+            if np.isnan(logits).any():
                 raise GuardError(_NOT_FINITE)
-            counts = logits[:, table.domain] >= table.logit
-            if step + 1 < pooling.settle_tokens or not counts.any():
-                state.runs.fill(0)
+            if step + 1 < pooling.settle_tokens:
                 return []
             rows = np.arange(len(logits))
+            counts = logits[:, table.domain] >= table.logit
         else:
             state.steps = None  # from here on the rows have counts of their own
             rows = np.arange(len(evidence)) if live is None else np.flatnonzero(live)
@@ -172,6 +174,7 @@ class Monitor:
             counts = (logits[:, table.domain] >= table.logit) & (state.count[rows] >= pooling.settle_tokens)[:, None]
         runs = (state.runs[rows] + 1) * counts
         state.runs[rows] = runs
+        state.counting = True
         fired = (runs >= table.evidence_tokens) & ~state.latched[rows]
         if not fired.any():
             return []
@@ -197,8 +200,8 @@ class Monitor:
         count = state.count[rows]
         if int(count.max()) == state.logits.shape[1]:
             state.make_room()
-        index = torch.from_numpy(rows)
-        state.feature_ring[index, torch.from_numpy(count % pooling.window)] = clipped[index]
+        for row in rows.tolist():
+            state.recent[row].append(clipped)
         state.evidence[rows, count + 1] = state.evidence[rows, count] + evidence
         state.count[rows] += 1
         count += 1
@@ -256,8 +259,9 @@ class Monitor:
         return max((self.bank.pooling.settle_tokens - 1 + tokens for tokens in blocking), default=0)
 
     def _response_verdict(self, state: BatchState, row: int, rule: int, logit: float) -> Verdict:
-        average = state.feature_ring[row].sum(0) / max(
-            min(int(state.count[row]), self.bank.pooling.window), self.bank.pooling.min_tokens
+        recent = state.recent[row]
+        average = torch.stack([clipped[row] for clipped in recent]).sum(0) / max(
+            len(recent), self.bank.pooling.min_tokens
         )
         token = int(state.count[row]) - 1
         bound = self.streaming_rules.rules[rule]

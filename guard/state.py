@@ -1,16 +1,16 @@
 """Per-sequence memory of the guard. It belongs to the sequences of one batch and is dropped with them.
 
 What a step decides with are a few numbers a sequence and domain: they lie in NumPy, where an operation on so little
-costs a fraction of what one on the model's device does. Only the features' own history stays there.
+costs a fraction of what one on the model's device does. Only the features' own history stays there, as they came.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from guard.events import Verdict
@@ -27,8 +27,9 @@ class BatchState:
     """(B, 1 + room, D): sums over the tokens so far of what each adds to the domains' averages, from 0 on."""
     logits: npt.NDArray[np.float64]
     """(B, room, D): the logits after each token."""
-    feature_ring: Tensor
-    """(B, window, F): the clipped activations behind it, kept to name the features when a rule fires."""
+    recent: tuple[deque[Tensor], ...]
+    """Of each sequence, the (B, F) clipped activations of the steps in its window, oldest first: its own row of
+    each names the features when a rule fires. The sequences share the tensors."""
     count: npt.NDArray[np.int64]
     """(B,): response tokens judged so far."""
     runs: npt.NDArray[np.int64]
@@ -47,6 +48,8 @@ class BatchState:
     observed: list[int] = field(default_factory=list)
     steps: int | None = 0
     """What every entry of `count` is, while all rows advance together; None once they do not."""
+    counting: bool = False
+    """Whether any of `runs` may be above 0."""
     failed: bool = False
     """Whether the guard itself failed while these sequences ran."""
 
@@ -57,9 +60,7 @@ class BatchState:
         *,
         window: int,
         domains: int,
-        features: int,
         rules: int,
-        device: torch.device,
     ) -> BatchState:
         """The state before the first token; one row for each of `request_ids`."""
         batch = len(request_ids)
@@ -68,7 +69,7 @@ class BatchState:
             request_ids=request_ids,
             evidence=np.zeros((batch, 1 + ROOM, domains)),
             logits=np.zeros((batch, ROOM, domains)),
-            feature_ring=torch.zeros(batch, window, features, device=device),
+            recent=tuple(deque(maxlen=window) for _ in request_ids),
             count=np.zeros(batch, dtype=np.int64),
             runs=np.zeros((batch, rules), dtype=np.int64),
             latched=np.zeros((batch, rules), dtype=np.bool_),

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from feature_bank.atomic import atomic_file
 from feature_bank.sae import SAE
 from feature_bank.schema import Pooling
+from training.shards import write_safetensors
 
 CHUNK = 8192
 QUANTILES = (0.5, 0.9, 0.99)
@@ -137,6 +137,7 @@ def cached_pooling(
     loaded = activations()
     stats = feature_stats(sae, loaded)
     pooled = pool_documents(sae, loaded, documents, n_documents, stats.scale, pooling)
-    with atomic_file(path) as tmp:
-        save_file({"scale": stats.scale, "density": stats.density, "pooled": pooled}, tmp, {"made_of": made_of})
+    kept = {"scale": stats.scale, "density": stats.density, "pooled": pooled}
+    with atomic_file(path) as tmp, tmp.open("wb") as file:
+        write_safetensors(file, {name: torch.from_numpy(array) for name, array in kept.items()}, {"made_of": made_of})
     return stats, pooled

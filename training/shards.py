@@ -26,7 +26,7 @@ DOCUMENT, TOKEN = "document", "token"
 REMEDY = "remove it and harvest again: only what is missing is made anew"
 _HEADER = "sailguard"
 _ALIGNMENT = 64  # bytes; rows that are mapped begin where vector instructions like it
-_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
+_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
 
 
 def length_name(hook_name: str) -> str:

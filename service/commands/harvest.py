@@ -95,6 +95,7 @@ def harvest(
         hook_names,
         out,
         fingerprint={
+            "model_id": identity.id,
             "model": identity.config_hash,
             "tokenizer": identity.tokenizer_hash,
             "text_format": text_format.value,

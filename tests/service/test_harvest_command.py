@@ -43,6 +43,7 @@ def test_a_harvest_can_be_read_back(run: Any, tmp_path: Path, text_format: str) 
     assert found["texts"]["rows"] == 21
     assert (found["texts"]["repeated"], found["texts"]["cut"]) == (1, 20)
     assert found["manifest"]["text_format"] == text_format
+    assert found["manifest"]["model_id"] == "tiny"  # the SAEs trained on it name the model they are for
     assert found["manifest"]["special_tokens"] == 20  # the one that begins each text
     assert "harvest" in result.stderr
 
