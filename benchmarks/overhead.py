@@ -1,18 +1,20 @@
 """What the guard costs in time: decoding and prefill with it over the same without it, 1.00 = free.
 
-    python -m benchmarks.overhead [--bank FOLDER] [--tokens 64] [--pairs 15] [--docs]
+    python -m benchmarks.overhead [--bank FOLDER] [--tokens 128] [--rounds 4] [--docs]
 
-One model, one process: each round runs the unguarded model, the guarded one and one that encodes a whole SAE
-at the same hook points; every second round runs backwards, so that a warming processor's drift cancels.
+One process, one set of weights: the arms (unguarded, unguarded once more, guarded, and ones that encode a whole SAE
+at the same hook points) take turns token by token, in an order that turns round, so that a processor that slows
+down for a while does so for all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -48,13 +50,17 @@ TIMED = ("_before_forward", "_at_hook", "_after_forward")
 def interleaved(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Every arm's own measurement, round by round, after one call of each that is thrown away.
 
-    Odd rounds run backwards (A B C, C B A, ...): a steady drift then costs every arm the same.
+    Each round begins with another arm, and odd ones run backwards: over the rounds every arm stands in every
+    place alike, so neither a drift nor what the arm before leaves in the caches favours one.
     """
+    names = list(arms)
     for arm in arms.values():
         arm()
     found: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds):
-        for name in list(arms)[:: -1 if number % 2 else 1]:
+        first = number // 2 % len(names)
+        order = names[first:] + names[:first]
+        for name in order[:: -1 if number % 2 else 1]:
             found[name].append(arms[name]())
     return found
 
@@ -69,9 +75,11 @@ def ratios(measured: Mapping[str, Sequence[float]], base: str) -> dict[str, list
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, quartiles and number."""
+    """Median, quartiles, the 95 % interval of the median (bootstrap), and number."""
     low, median, high = (float(f"{q:.4g}") for q in np.quantile(values, (0.25, 0.5, 0.75)))
-    return {"median": median, "quartiles": [low, high], "n": len(values)}
+    drawn = np.random.default_rng(0).choice(np.asarray(values), (1000, len(values)))
+    interval = [float(f"{q:.4g}") for q in np.quantile(np.median(drawn, axis=1), (0.025, 0.975))]
+    return {"median": median, "quartiles": [low, high], "interval": interval, "n": len(values)}
 
 
 class Stopwatch:
@@ -144,8 +152,58 @@ class FullSAE:
         self.feature_acts[name] = torch.where(pre > self.threshold, pre, 0.0)
 
 
+class SaeLens:
+    """The same, by the SAE class of sae-lens: what a hook around its `encode` costs."""
+
+    def __init__(self, hook_names: Sequence[str], d_in: int, d_sae: int) -> None:
+        from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+        self.saes = {h: JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, device="cpu")) for h in hook_names}
+        self.feature_acts: dict[str, Any] = {}
+
+    def __call__(self, name: str, hidden: Any) -> None:
+        self.feature_acts[name] = self.saes[name].encode(hidden)
+
+
+class Decoding:
+    """One greedy generation of a batch, a token a call. No row ends: the end tokens are never chosen."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any], end_ids: Sequence[int]) -> None:
+        from transformers import DynamicCache
+
+        self._model, self._end_ids = model, list(end_ids)
+        self._cache = DynamicCache(config=model.config)
+        self._mask = inputs["attention_mask"]
+        self._ids = inputs["input_ids"]
+        self.tokens: list[Any] = []
+        self.step()  # the prompt
+
+    def step(self) -> float:
+        """Seconds from one token of every row to the next."""
+        import torch
+
+        with torch.inference_mode():
+            started = time.perf_counter()
+            positions = self._mask.cumsum(1)[:, -self._ids.shape[1] :] - 1
+            output = self._model(
+                input_ids=self._ids,
+                attention_mask=self._mask,
+                position_ids=positions.clamp_min(0),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits = output.logits[:, -1]
+            logits[:, self._end_ids] = -torch.inf
+            self._ids = logits.argmax(-1, keepdim=True)
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
+            seconds = time.perf_counter() - started
+        self.tokens.append(self._ids)
+        return seconds
+
+
 class Bench:
-    """The model, the ways of running it, and the arms that are compared."""
+    """The model, and the arms that are compared: bodies of their own around one set of weights."""
 
     def __init__(self, bank: Path | None) -> None:
         from guard import Guard, Policy, load_model
@@ -159,32 +217,60 @@ class Bench:
         self.loaded = load_model(dtype="float32", device="cpu")
         self.guard = Guard.from_bank(bank, policy=policy)
         hooks = self.guard.bank.manifest.hook_points
-        self.full = FullSAE([hook.hook_name for hook in hooks], hooks[0].d_in, D_SAE)
-        self.outputs: dict[int, Any] = {}
+        shape = [hook.hook_name for hook in hooks], hooks[0].d_in, D_SAE
+        self.observers: dict[str, Callable[[str, Any], None]] = {"full_sae": FullSAE(*shape)}
+        with suppress(ImportError):
+            self.observers["sae_lens"] = SaeLens(*shape)
 
-    def decode(self, batch: int, tokens: int) -> float:
-        """Seconds of `model.generate` for `tokens` tokens a row, from the prompt to the guard's reports."""
-        model: Any
-        tokenizer: Any
-        model, tokenizer, _ = self.loaded
+    @contextmanager
+    def models(self) -> Iterator[dict[str, Any]]:
+        """Arm -> its model. The weights are shared; hooks are not."""
+        from guard.capture import Capture
+
+        model = self.loaded.model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        bodies = {name: copy.deepcopy(model, dict(shared)) for name in ("plain", "again", "guarded", *self.observers)}
+        with ExitStack() as stack:
+            stack.enter_context(self.guard.attach(bodies["guarded"], self.loaded.tokenizer))
+            for name, observer in self.observers.items():
+                stack.enter_context(Capture(bodies[name], self.guard.bank.hook_names, observer))
+            yield bodies
+
+    def inputs(self, batch: int) -> Any:
+        """The prompts, padded to one length."""
         chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:batch]]
-        inputs = tokenizer.apply_chat_template(
+        return self.loaded.tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        started = time.perf_counter()
-        output = model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
-        seconds = time.perf_counter() - started
-        if not bool((self.outputs.setdefault(batch, output) == output).all()):
-            raise RuntimeError("the arms generated different tokens; an observing guard must change nothing")
-        return seconds
 
-    def prefill(self) -> float:
-        """Seconds of one forward pass over `PREFILL_TOKENS` tokens that fills a cache."""
+    def decode(self, batch: int, tokens: int, rounds: int) -> dict[str, list[float]]:
+        """Arm -> seconds of every step of `rounds` generations, whose arms take turns step by step."""
+        found: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            with self.models() as models:
+                arms = {
+                    name: Decoding(model, self.inputs(batch), self.loaded.tokenizer.all_special_ids)
+                    for name, model in models.items()
+                }
+                gc.collect()
+                for name, seconds in interleaved({name: arm.step for name, arm in arms.items()}, tokens).items():
+                    found.setdefault(name, []).extend(seconds)
+                for arm in arms.values():
+                    if not all(bool((a == b).all()) for a, b in zip(arm.tokens, arms["plain"].tokens, strict=True)):
+                        raise RuntimeError("the arms generated different tokens; an observer must change nothing")
+        return found
+
+    def prefill(self, rounds: int) -> dict[str, list[float]]:
+        """Arm -> seconds of one forward pass over `PREFILL_TOKENS` tokens that fills a cache, `rounds` times."""
+        with self.models() as models:
+            arms = {name: partial(self._prefill, model) for name, model in models.items()}
+            return interleaved(arms, rounds)
+
+    def _prefill(self, model: Any) -> float:
         import torch
         from transformers import DynamicCache
 
-        model, tokenizer, _ = self.loaded
-        ids = tokenizer(PASSAGE * 40, return_tensors="pt")["input_ids"][:, :PREFILL_TOKENS]
+        ids = self.loaded.tokenizer(PASSAGE * 40, return_tensors="pt")["input_ids"][:, :PREFILL_TOKENS]
         assert ids.shape[1] == PREFILL_TOKENS
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
@@ -192,84 +278,51 @@ class Bench:
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return time.perf_counter() - started
 
-    def arms(self, run: Callable[[], float]) -> dict[str, Callable[[], float]]:
-        """`run` without a guard, with it, and with whole SAEs. Attaching is outside the clock."""
-
-        def plain() -> float:
-            return self._settled(run)
-
-        def guarded() -> float:
-            with self.guard.attach(self.loaded.model, self.loaded.tokenizer):
-                return self._settled(run)
-
-        def full_sae() -> float:
-            from guard.capture import Capture
-
-            with Capture(self.loaded.model, self.guard.bank.hook_names, self.full):
-                return self._settled(run)
-
-        return {"plain": plain, "guarded": guarded, "full_sae": full_sae}
-
-    def instrumented(self, run: Callable[[], float]) -> dict[str, float]:
-        """One guarded `run` with the engine's own time taken apart: seconds by label, and "total"."""
+    def instrumented(self, batch: int, tokens: int) -> dict[str, float]:
+        """One guarded `model.generate` with the engine's own time taken apart: seconds by label, and "total"."""
         watch = Stopwatch()
         with timed_engine(watch), self.guard.attach(self.loaded.model, self.loaded.tokenizer):
-
-            def timed() -> float:
-                watch.seconds.clear()  # of the pass that settled the caches
-                return run()
-
-            total = self._settled(timed)
+            inputs = self.inputs(batch)
+            self.loaded.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+            gc.collect()
+            watch.seconds.clear()
+            started = time.perf_counter()
+            self.loaded.model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+            total = time.perf_counter() - started
         return {"hooks": 0.0, "finish": 0.0, "flush": 0.0} | watch.seconds | {"total": total}
 
-    def _settled(self, run: Callable[[], float]) -> float:
-        """`run` from the same state, whatever arm ran before: garbage collected, weights lately read."""
-        import torch
 
-        gc.collect()
-        with torch.inference_mode():
-            self.loaded.model(input_ids=torch.full((1, 8), 100), use_cache=False)
-        return run()
-
-
-def measure(bench: Bench, *, tokens: int, pairs: int) -> tuple[dict[str, Figure], dict[str, Any]]:
-    """All figures, each a median over `pairs` rounds, and their spread."""
+def measure(bench: Bench, *, tokens: int, rounds: int, prefills: int) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """All figures, each a median, and their spread."""
     figures: dict[str, Figure] = {}
     detail: dict[str, Any] = {}
-    runs: dict[str, Callable[[], float]] = {
-        "decode_bs1": partial(bench.decode, 1, tokens),
-        "decode_bs8": partial(bench.decode, len(PROMPTS), tokens),
-        "prefill": bench.prefill,
-    }
-    for key, run in runs.items():
-        measured = interleaved(bench.arms(run), pairs)
-        found = {name: spread(values) for name, values in ratios(measured, "plain").items()}
-        each = {"prefill": PREFILL_TOKENS, "decode_bs1": tokens, "decode_bs8": tokens * len(PROMPTS)}[key]
-        plain_ms = spread([1000 * s / each for s in measured["plain"]])
-        detail[key] = {**found, "plain_ms_per_token": plain_ms}
-        full_key = "decode_full_sae" if key == "decode_bs1" else f"{key}_full_sae"
-        figures[key] = Figure(value=found["guarded"]["median"], unit="ratio", n=pairs)
-        figures[full_key] = Figure(value=found["full_sae"]["median"], unit="ratio", n=pairs)
-        print(key, found, flush=True)
-    for key, run in runs.items():
-        taken = [bench.instrumented(run) for _ in range(pairs)]
-        shares = spread([t["hooks"] / t["total"] for t in taken])
+    batches = {"decode_bs1": 1, "decode_bs8": len(PROMPTS)}
+    suffixes = {"guarded": "", "again": "_unguarded_again", "full_sae": "_full_sae", "sae_lens": "_sae_lens"}
+    for key in (*batches, "prefill"):
+        measured = bench.prefill(prefills) if key == "prefill" else bench.decode(batches[key], tokens, rounds)
+        each = PREFILL_TOKENS if key == "prefill" else batches[key]
+        detail[key] = {name: spread(values) for name, values in ratios(measured, "plain").items()}
+        for name, found in detail[key].items():
+            figures[key + suffixes[name]] = Figure(value=found["median"], unit="ratio", n=found["n"])
+        detail[key]["plain_ms_per_token"] = spread([1000 * s / each for s in measured["plain"]])
+        print(key, detail[key], flush=True)
+    figures["decode_full_sae"] = figures["decode_bs1_full_sae"]
+    if "decode_bs1_sae_lens" in figures:
+        figures["decode_nnsight_or_sae_lens"] = figures["decode_bs1_sae_lens"]
+    for key, batch in batches.items():
+        taken = [bench.instrumented(batch, tokens) for _ in range(3)]
+        share = spread([t["hooks"] / t["total"] for t in taken])
         flush_ms = spread([1000 * t["flush"] for t in taken])
-        implied = spread([t["total"] / (t["total"] - t["hooks"] - t["finish"]) for t in taken])
-        detail[f"{key}_hooks"] = {
-            "hooks_share": shares,
+        detail[f"{key}_own"] = {
+            "hooks_share": share,
+            "hooks_ms_per_step": spread([1000 * t["hooks"] / tokens for t in taken]),
             "finish_share": spread([t["finish"] / t["total"] for t in taken]),
             "flush_ms": flush_ms,
-            "hooks_ms_per_step": spread([1000 * t["hooks"] / (1 if key == "prefill" else tokens) for t in taken]),
-            "implied_ratio": implied,
-            "implied_ratio_without_flush": spread(
-                [(t["total"] - t["flush"]) / (t["total"] - t["hooks"] - t["finish"]) for t in taken]
-            ),
+            "ratio": spread([t["total"] / (t["total"] - t["hooks"] - t["finish"]) for t in taken]),
         }
-        figures[f"{key}_hooks_share"] = Figure(value=shares["median"], unit="share", n=pairs)
-        if key == "decode_bs1":
-            figures["flush_ms"] = Figure(value=flush_ms["median"], unit="ms", n=pairs)
-        print(f"{key}_hooks", detail[f"{key}_hooks"], flush=True)
+        figures[f"{key}_own_share"] = Figure(value=share["median"], unit="share", n=share["n"])
+        figures[f"{key}_flush_ms"] = Figure(value=flush_ms["median"], unit="ms", n=flush_ms["n"])
+        print(f"{key}_own", detail[f"{key}_own"], flush=True)
     return figures, detail
 
 
@@ -277,14 +330,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--bank", type=Path, help="bank folder; the shipped one if left out")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens generated a row (2 at least)")
-    parser.add_argument("--pairs", type=int, default=15, help="rounds of every comparison")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens generated a row (2 at least)")
+    parser.add_argument("--rounds", type=int, default=4, help="generations of every arm; each gives TOKENS pairs")
+    parser.add_argument("--prefills", type=int, default=40, help="pairs of prefill")
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice if left out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--docs", action="store_true", help="put the figures into docs/performance.md")
     options = parser.parse_args(arguments)
-    if options.tokens < 2 or options.pairs < 1:
-        parser.error("--tokens must be at least 2 and --pairs at least 1")
+    if options.tokens < 2 or options.rounds < 1 or options.prefills < 1:
+        parser.error("--tokens must be at least 2, --rounds and --prefills at least 1")
 
     import torch
 
@@ -293,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     bench = Bench(options.bank)
-    figures, detail = measure(bench, tokens=options.tokens, pairs=options.pairs)
+    figures, detail = measure(bench, tokens=options.tokens, rounds=options.rounds, prefills=options.prefills)
     bank = bench.guard.bank
     detail |= {
         "bank": {

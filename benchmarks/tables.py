@@ -180,41 +180,44 @@ def overhead_tables(result: Result) -> str:
         f"Bank `{detail['bank']['version']}`: {features} features at {hooks} hook points."
     )
     titles = {
-        "decode_bs1": f"decoding, {detail['tokens']} tokens, batch 1",
-        "decode_bs8": f"decoding, {detail['tokens']} tokens, batch 8",
-        "prefill": f"prefill, {detail['prefill_tokens']} tokens, batch 1",
+        "decode_bs1": f"decoding, batch 1, {detail['tokens']} tokens",
+        "decode_bs8": f"decoding, batch 8, {detail['tokens']} tokens",
+        "prefill": f"prefill, batch 1, {detail['prefill_tokens']} tokens",
     }
     whole = f"whole SAEs ({detail['full_sae']['d_sae']} features a hook point)"
+    arms = {"guarded": "guarded", "again": "unguarded again", "full_sae": whole}
+    if "sae_lens" in detail["decode_bs1"]:
+        arms["sae_lens"] = "the same by sae-lens " + result.versions["sae-lens"]
     compared = [
         [
             title,
-            _spread(detail[key]["guarded"]),
-            _spread(detail[key]["full_sae"]),
+            *(_median(detail[key][arm]) for arm in arms),
+            detail[key]["guarded"]["n"],
             _ms(detail[key]["plain_ms_per_token"]),
         ]
         for key, title in titles.items()
     ]
-    apart = []
-    for key, title in titles.items():
-        if (own := detail.get(f"{key}_hooks")) is None:
-            continue
-        apart.append(
-            [
-                title,
-                _percent(own["hooks_share"]["median"]),
-                _ms(own["hooks_ms_per_step"]),
-                _ms(own["flush_ms"]),
-                _spread(own["implied_ratio"]),
-                _spread(own["implied_ratio_without_flush"]),
-            ]
-        )
+    scatter = [[title, *(_spread(detail[key][arm]) for arm in arms)] for key, title in titles.items()]
+    apart = [
+        [
+            titles[key],
+            _percent(own["hooks_share"]["median"]),
+            _ms(own["hooks_ms_per_step"]),
+            _ms(own["flush_ms"]),
+            _spread(own["ratio"]),
+        ]
+        for key in titles
+        if (own := detail.get(f"{key}_own")) is not None
+    ]
     return "\n\n".join(
         [
             where,
-            "### Time over the unguarded model's, side by side (1.00 = free; median, quartiles)",
-            markdown(["", "guarded", whole, "unguarded, ms a token"], compared),
-            "### The guard's own time, measured inside one guarded generation",
-            markdown(["", "share", "ms a step", "last token, ms", "ratio", "without last token"], apart),
+            "### Time over the unguarded model's (1.00 = free; median of interleaved pairs, its 95 % interval)",
+            markdown(["", *arms.values(), "pairs", "unguarded, ms a token"], compared),
+            "### How single pairs scatter (median, quartiles)",
+            markdown(["", *arms.values()], scatter),
+            "### The guard's own time, measured inside one whole `model.generate`",
+            markdown(["", "share of the steps", "ms a step", "last token, ms", "ratio, last token included"], apart),
         ]
     )
 
@@ -229,6 +232,10 @@ def _percent(value: float | None) -> str | None:
 
 def _interval(values: Sequence[float]) -> str:
     return f"{values[0]:.3f} to {values[1]:.3f}"
+
+
+def _median(values: dict[str, Any]) -> str:
+    return f"{values['median']:.3f} ({_interval(values['interval'])})"
 
 
 def _spread(values: dict[str, Any]) -> str:

@@ -239,16 +239,17 @@ class Monitor:
         """The features that add most to a domain's logit, given their (average) clipped activations."""
         contribution = average * self.heads.weight[:, domain]
         order = contribution.argsort(descending=True)[:top].tolist()
-        return tuple(
-            FeatureHit(
-                id=self.bank.features[i].id,
-                layer=self.bank.features[i].layer,
-                explanation=self.bank.features[i].explanation,
-                activation=round(float(average[i]), 6),
-                contribution=round(float(contribution[i]), 6),
-            )
-            for i in order
-            if float(contribution[i]) > 0
+        return tuple(self.hit(i, average, contribution) for i in order if float(contribution[i]) > 0)
+
+    def hit(self, feature: int, acts: Float[Tensor, " F"], contribution: Float[Tensor, " F"]) -> FeatureHit:
+        """What is told of one feature, given the activations and contributions of all."""
+        record = self.bank.features[feature]
+        return FeatureHit(
+            id=record.id,
+            layer=record.layer,
+            explanation=record.explanation,
+            activation=round(float(acts[feature]), 6),
+            contribution=round(float(contribution[feature]), 6),
         )
 
     @property

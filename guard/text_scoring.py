@@ -113,14 +113,4 @@ class TextScorer:
         monitor = self._monitor
         order = acts.argsort(descending=True)[:5].tolist()
         largest = (acts.clamp_max(monitor.bank.pooling.ceiling)[:, None] * monitor.heads.weight).amax(1)
-        return tuple(
-            FeatureHit(
-                id=monitor.bank.features[i].id,
-                layer=monitor.bank.features[i].layer,
-                explanation=monitor.bank.features[i].explanation,
-                activation=round(float(acts[i]), 6),
-                contribution=round(float(largest[i]), 6),
-            )
-            for i in order
-            if float(acts[i]) > 0
-        )
+        return tuple(monitor.hit(i, acts, largest) for i in order if float(acts[i]) > 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from feature_bank.errors import BankError
 
-__all__ = ["JsonFile", "TensorFile", "same_dtype"]
+__all__ = ["JsonFile", "LayerFiles", "TensorFile", "same_dtype"]
 
 # All that reading a damaged archive has been seen to raise, besides OSError.
 _DAMAGED = (
@@ -224,3 +225,32 @@ def _load_npz(path: Path) -> Mapping[str, Any]:
             raise ValueError("it holds a single array, not arrays by name")
         with data:
             return {name: torch.from_numpy(np.ascontiguousarray(data[name])) for name in data.files}
+
+
+class LayerFiles:
+    """The files of a release that holds one SAE a layer, by a name with the layer's number in place of `N`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pattern = re.compile(re.escape(name).replace("N", r"(\d+)"))
+
+    def matches(self, path: Path) -> bool:
+        """Whether the path is such a file, or a folder that holds one."""
+        return bool(self._within(path)) if path.is_dir() else self._pattern.fullmatch(path.name) is not None
+
+    def only(self, path: Path) -> Path:
+        """The path, or the one such file in it if it is a folder. Raises BankError if it holds several or none."""
+        if not path.is_dir():
+            return path
+        files = self._within(path)
+        if len(files) != 1:
+            raise BankError(f"holds {len(files)} files {self._name}; name one of them", file=str(path))
+        return files[0]
+
+    def layer(self, path: Path) -> int | None:
+        """The layer that the file's name tells."""
+        found = self._pattern.fullmatch(path.name)
+        return None if found is None else int(found[1])
+
+    def _within(self, folder: Path) -> list[Path]:
+        return sorted(path for path in folder.iterdir() if self._pattern.fullmatch(path.name))

@@ -12,31 +12,19 @@ from pathlib import Path
 import torch
 
 from feature_bank.errors import BankError
-from feature_bank.formats.files import TensorFile, same_dtype
+from feature_bank.formats.files import LayerFiles, TensorFile, same_dtype
 from feature_bank.formats.hook_names import choose_hook
 from feature_bank.formats.source import Format, LoadedSAE, SourceOptions
 from feature_bank.sae import SAE
 
 __all__ = ["FORMAT"]
 
-_FILE = re.compile(r"layer(\d+)\.sae\.pt")
+_FILES = LayerFiles("layerN.sae.pt")
 _REPOSITORY = re.compile(r"SAE-Res-(?P<model>.+)-W\d+K-L0_(?P<k>\d+)")
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("layer*.sae.pt") if _FILE.fullmatch(path.name))
-
-
-def _matches(path: Path) -> bool:
-    return bool(_files(path)) if path.is_dir() else _FILE.fullmatch(path.name) is not None
-
-
 def _read(path: Path, options: SourceOptions) -> LoadedSAE:
-    if path.is_dir():
-        files = _files(path)
-        if len(files) != 1:
-            raise BankError(f"holds {len(files)} files layerN.sae.pt; name one of them", file=str(path))
-        path = files[0]
+    path = _FILES.only(path)
     weights = TensorFile.torch(path)
     encoder = weights.take("W_enc", ("d_sae", "d_model"))
     d_sae, d_model = encoder.shape
@@ -50,8 +38,8 @@ def _read(path: Path, options: SourceOptions) -> LoadedSAE:
     k, model_name = _origin(path, options)
     if not 1 <= k <= d_sae:
         raise BankError(f"{k} is not between 1 and the {d_sae} features", file=str(path), field="k")
-    layer = _FILE.fullmatch(path.name)
-    found = f"blocks.{layer[1]}.hook_resid_post" if layer is not None else None
+    layer = _FILES.layer(path)
+    found = f"blocks.{layer}.hook_resid_post" if layer is not None else None
     return LoadedSAE(
         sae=SAE(
             W_enc=W_enc,
@@ -84,4 +72,4 @@ def _origin(path: Path, options: SourceOptions) -> tuple[int, str | None]:
     return options.k, None
 
 
-FORMAT = Format(name="qwen_scope", matches=_matches, read=_read, options=frozenset({"k"}))
+FORMAT = Format(name="qwen_scope", matches=_FILES.matches, read=_read, options=frozenset({"k"}))

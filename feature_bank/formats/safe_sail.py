@@ -7,7 +7,6 @@ encoder's directions at unit length, is marked `encoder_only`, and refuses to de
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from feature_bank.errors import BankError
-from feature_bank.formats.files import TensorFile, same_dtype
+from feature_bank.formats.files import LayerFiles, TensorFile, same_dtype
 from feature_bank.formats.folding import widen
 from feature_bank.formats.hook_names import choose_hook
 from feature_bank.formats.source import Format, LoadedSAE, SourceOptions
@@ -25,7 +24,7 @@ __all__ = ["FORMAT", "MODEL", "K"]
 
 K = 200
 MODEL = "Qwen/Qwen2.5-3B-Instruct"
-_FILE = re.compile(r"ckpt_layer(\d+)\.pt")
+_FILES = LayerFiles("ckpt_layerN.pt")
 _PRE_BIAS, _WEIGHT, _BIAS, _THETA = (
     "pre_encoder_bias._bias_reference",
     "encoder.weight",
@@ -45,20 +44,8 @@ class _Encoder(NamedTuple):
     note: str
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("ckpt_layer*.pt") if _FILE.fullmatch(path.name))
-
-
-def _matches(path: Path) -> bool:
-    return bool(_files(path)) if path.is_dir() else _FILE.fullmatch(path.name) is not None
-
-
 def _read(path: Path, options: SourceOptions) -> LoadedSAE:
-    if path.is_dir():
-        files = _files(path)
-        if len(files) != 1:
-            raise BankError(f"holds {len(files)} files ckpt_layerN.pt; name one of them", file=str(path))
-        path = files[0]
+    path = _FILES.only(path)
     encoder = _take(path, options.index)
     d_sae = encoder.weight.shape[0]
     k = None
@@ -70,7 +57,7 @@ def _read(path: Path, options: SourceOptions) -> LoadedSAE:
         raise BankError("the file has thresholds (encoder.theta), so no k applies", file=str(path), field="k")
     norm = widen(encoder.weight).norm(dim=1, keepdim=True)
     stand_in = (widen(encoder.weight) / torch.where(norm > 0, norm, 1.0)).to(encoder.weight.dtype)
-    layer = _FILE.fullmatch(path.name)
+    layer = _FILES.layer(path)
     return LoadedSAE(
         sae=SAE(
             W_enc=encoder.weight.T.contiguous(),
@@ -80,7 +67,7 @@ def _read(path: Path, options: SourceOptions) -> LoadedSAE:
             threshold=torch.zeros_like(encoder.bias) if encoder.theta is None else encoder.theta,
             # TransformerLens' hook_mlp_out is what the MLP adds to the stream: the output of down_proj.
             hook_name=choose_hook(
-                options, f"blocks.{layer[1]}.hook_mlp_out" if layer is not None else None, path, "the file's name"
+                options, f"blocks.{layer}.hook_mlp_out" if layer is not None else None, path, "the file's name"
             ),
             apply_b_dec_to_input=True,
             k=k,
@@ -122,4 +109,4 @@ def _take(path: Path, index: int | None) -> _Encoder:
     return _Encoder(chosen[0], chosen[1], chosen[2], chosen[3] if theta is not None else None, note)
 
 
-FORMAT = Format(name="safe_sail", matches=_matches, read=_read, options=frozenset({"index", "k"}))
+FORMAT = Format(name="safe_sail", matches=_FILES.matches, read=_read, options=frozenset({"index", "k"}))

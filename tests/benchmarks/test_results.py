@@ -192,12 +192,25 @@ def test_a_steady_drift_costs_every_arm_the_same() -> None:
     assert len({sum(values) for values in measured.values()}) == 1
 
 
+def test_every_arm_follows_every_other_alike() -> None:
+    calls: list[str] = []
+    names = ("plain", "again", "guarded")
+    overhead.interleaved({name: lambda name=name: float(calls.append(name) or 0) for name in names}, 6)
+    rounds = [calls[i : i + 3] for i in range(3, len(calls), 3)]
+    for name in names:
+        assert sorted(order.index(name) for order in rounds) == [0, 0, 1, 1, 2, 2]
+
+
 def test_a_ratio_is_taken_within_a_round() -> None:
     assert overhead.ratios({"plain": [1.0, 10.0], "guarded": [2.0, 30.0]}, "plain") == {"guarded": [2.0, 3.0]}
 
 
 def test_a_spread_is_the_median_and_the_quartiles() -> None:
-    assert overhead.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "n": 5}
+    found = overhead.spread([4.0, 1.0, 2.0, 3.0, 5.0])
+    low, high = found.pop("interval")
+    assert found == {"median": 3.0, "quartiles": [2.0, 4.0], "n": 5}
+    assert 1.0 <= low <= 3.0 <= high <= 5.0
+    assert overhead.spread([2.0] * 9)["interval"] == [2.0, 2.0]
 
 
 def test_nested_time_is_counted_once_unless_it_has_its_own_label(monkeypatch: pytest.MonkeyPatch) -> None:
