@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import structlog
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from feature_bank.bank import Rows, save_bank
+from feature_bank.identity import identify
+from feature_bank.schema import Calibration, Evidence, FeatureRecord, HeadRecord, Heads, Pooling
 from guard.events import FeatureHit, SequenceReport, StreamEvent, TextScore, Verdict
 from guard.metrics import Metrics
 from service.app import create_app, server_config
@@ -26,6 +32,95 @@ MODEL_ID = "tiny-guarded"
 REFUSAL = "I cannot help with that."
 DOMAINS = ("pornography", "politics", "violence", "terror")
 PATIENCE = 10.0
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture
+def write_bank(tiny_model: Any, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """Writes a bank for the tiny model whose violence head is always sure."""
+
+    def write(
+        folder: Path,
+        *,
+        explanation: str = "always on",
+        canary: float = 1.0,
+        identity: dict[str, Any] | None = None,
+        evidence_tokens: int = 2,
+    ) -> Path:
+        """A bank of two features: one is 1 on every token, one never fires. `identity` alters the model's."""
+        width = tiny_model.config.hidden_size
+        features = [
+            FeatureRecord(
+                id=f"L1/{index}",
+                hook_name=HOOK,
+                layer=1,
+                index=index,
+                domains=domains,
+                explanation=text,
+                scores=scores,
+                threshold=0.5,
+                scale=1.0,
+                density=density,
+                evidence=[Evidence(text="a bird", peak="bird", activation=1.0)],
+            )
+            for index, (text, domains, scores, density) in enumerate(
+                (
+                    ("never on", ["politics"], {"auroc_politics": 0.6}, 0.0),
+                    (explanation, ["violence"], {"auroc_violence": 0.9}, 1.0),
+                )
+            )
+        ]
+        heads = {
+            domain: HeadRecord(
+                features=["L1/1"],
+                weights=[0.1],
+                bias=5.0 if domain == "violence" else -5.0,
+                calibration=Calibration(slope=1.0, intercept=0.0),
+                thresholds={"0.01": 0.5},
+                streaming_thresholds={"0.01": 0.5},
+                steering=[0.0],
+            )
+            for domain in DOMAINS
+        }
+        hook = {
+            "hook_name": HOOK,
+            "d_in": width,
+            "d_sae": 8,
+            "n_selected": 2,
+            "sae_sha256": hashlib.sha256(b"").hexdigest(),
+            "fvu": 0.1,
+            "l0": 1.0,
+            "dead_fraction": 0.0,
+            "fires_precision": 1.0,
+            "fires_recall": 1.0,
+        }
+        pooling = Pooling(window=8, min_tokens=1, ceiling=2.0, evidence_tokens=evidence_tokens)
+        save_bank(
+            folder,
+            manifest={
+                "name": "tiny",
+                "version": "1",
+                "created": "2024-01-01",
+                "tool_version": "0",
+                "model": identify(tiny_model, tiny_tokenizer, "tiny").model_dump() | (identity or {}),
+                "hook_points": [hook],
+                "corpus": [],
+                "canary": {"text": "a small bird", "activations": {"L1/1": canary}, "tolerance": 0.1},
+            },
+            features=features,
+            heads=Heads(pooling=pooling, heads=heads),
+            rows={
+                HOOK: Rows(
+                    W_enc=np.zeros((width, 2), np.float32),
+                    W_dec=np.ones((2, width), np.float32),
+                    b_enc=np.array([0.0, 1.0], np.float32),
+                    threshold=np.full(2, 0.5, np.float32),
+                )
+            },
+        )
+        return folder
+
+    return write
 
 
 class FakeEngine:

@@ -12,14 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from feature_bank import DOMAINS, Bank, shipped_bank_path
-from feature_bank.bank import MANIFEST, Rows, save_bank
-from feature_bank.identity import identify
-from feature_bank.schema import Calibration, Evidence, FeatureRecord, HeadRecord, Heads, Pooling
+from feature_bank.bank import MANIFEST
 from service.cli import build_app
 from service.commands import serve as serve_command
 from service.commands.terminal import plain
@@ -47,90 +44,8 @@ def model(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
 
 
 @pytest.fixture
-def bank(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
-    return write_bank(tmp_path / "bank", tiny_model, tiny_tokenizer)
-
-
-def write_bank(
-    folder: Path,
-    model: Any,
-    tokenizer: Any,
-    *,
-    explanation: str = "always on",
-    canary: float = 1.0,
-    identity: dict[str, Any] | None = None,
-) -> Path:
-    """A bank of two features: one is 1 on every token, one never fires. `identity` alters the model's."""
-    width = model.config.hidden_size
-    features = [
-        FeatureRecord(
-            id=f"L1/{index}",
-            hook_name=HOOK,
-            layer=1,
-            index=index,
-            domains=domains,
-            explanation=text,
-            scores=scores,
-            threshold=0.5,
-            scale=1.0,
-            density=density,
-            evidence=[Evidence(text="a bird", peak="bird", activation=1.0)],
-        )
-        for index, (text, domains, scores, density) in enumerate(
-            (
-                ("never on", ["politics"], {"auroc_politics": 0.6}, 0.0),
-                (explanation, ["violence"], {"auroc_violence": 0.9}, 1.0),
-            )
-        )
-    ]
-    heads = {
-        domain: HeadRecord(
-            features=["L1/1"],
-            weights=[0.1],
-            bias=5.0 if domain == "violence" else -5.0,
-            calibration=Calibration(slope=1.0, intercept=0.0),
-            thresholds={"0.01": 0.5},
-            streaming_thresholds={"0.01": 0.5},
-            steering=[0.0],
-        )
-        for domain in DOMAINS
-    }
-    hook = {
-        "hook_name": HOOK,
-        "d_in": width,
-        "d_sae": 8,
-        "n_selected": 2,
-        "sae_sha256": hashlib.sha256(b"").hexdigest(),
-        "fvu": 0.1,
-        "l0": 1.0,
-        "dead_fraction": 0.0,
-        "fires_precision": 1.0,
-        "fires_recall": 1.0,
-    }
-    save_bank(
-        folder,
-        manifest={
-            "name": "tiny",
-            "version": "1",
-            "created": "2024-01-01",
-            "tool_version": "0",
-            "model": identify(model, tokenizer, "tiny").model_dump() | (identity or {}),
-            "hook_points": [hook],
-            "corpus": [],
-            "canary": {"text": "a small bird", "activations": {"L1/1": canary}, "tolerance": 0.1},
-        },
-        features=features,
-        heads=Heads(pooling=Pooling(window=8, min_tokens=1, ceiling=2.0, evidence_tokens=2), heads=heads),
-        rows={
-            HOOK: Rows(
-                W_enc=np.zeros((width, 2), np.float32),
-                W_dec=np.ones((2, width), np.float32),
-                b_enc=np.array([0.0, 1.0], np.float32),
-                threshold=np.full(2, 0.5, np.float32),
-            )
-        },
-    )
-    return folder
+def bank(tmp_path: Path, write_bank: Callable[..., Path]) -> Path:
+    return write_bank(tmp_path / "bank")
 
 
 @pytest.fixture
@@ -428,8 +343,8 @@ def test_a_bank_is_summarised_listed_and_shown(run: Run, bank: Path) -> None:
     assert json.loads(run("bank", "show", "L1/1", bank, "--json").stdout)["id"] == "L1/1"
 
 
-def test_an_explanation_is_printed_as_it_is(run: Run, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> None:
-    folder = write_bank(tmp_path / "odd", tiny_model, tiny_tokenizer, explanation="[bold]x[/nothing] \x1b[2J")
+def test_an_explanation_is_printed_as_it_is(run: Run, tmp_path: Path, write_bank: Callable[..., Path]) -> None:
+    folder = write_bank(tmp_path / "odd", explanation="[bold]x[/nothing] \x1b[2J")
     for arguments in (("list", folder), ("show", "L1/1", folder)):
         result = run("bank", *arguments)
         assert result.exit_code == 0
@@ -444,14 +359,14 @@ def test_verify_finds_an_altered_file(run: Run, bank: Path) -> None:
 
 
 def test_verify_with_a_model_checks_identity_and_canary(
-    run: Run, tmp_path: Path, bank: Path, model: Path, tiny_model: Any, tiny_tokenizer: Any
+    run: Run, tmp_path: Path, bank: Path, model: Path, write_bank: Callable[..., Path]
 ) -> None:
     result = run("bank", "verify", bank, "--model", model, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["verified"] == ["schema", "hashes", "identity", "canary"]
-    other = write_bank(tmp_path / "a", tiny_model, tiny_tokenizer, canary=2.0)
+    other = write_bank(tmp_path / "a", canary=2.0)
     assert_one_line_error(run("bank", "verify", other, "--model", model), "canary")
-    other = write_bank(tmp_path / "b", tiny_model, tiny_tokenizer, identity={"tokenizer_hash": "0" * 64})
+    other = write_bank(tmp_path / "b", identity={"tokenizer_hash": "0" * 64})
     assert_one_line_error(run("bank", "verify", other, "--model", model), "tokenizer_hash")
 
 

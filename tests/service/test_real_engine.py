@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from feature_bank.bank import Rows, save_bank
-from feature_bank.identity import identify
-from feature_bank.schema import Calibration, FeatureRecord, HeadRecord, Heads, Pooling
 from guard.core import Guard
 from guard.metrics import Metrics
 from guard.policy import Policy
@@ -30,71 +25,8 @@ EVIDENCE = 4
 
 
 @pytest.fixture
-def bank(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
-    """A bank whose feature is 1 on every token and whose violence head is always sure."""
-    width = tiny_model.config.hidden_size
-    digest = hashlib.sha256(b"").hexdigest()
-    feature = FeatureRecord(
-        id="L1/0",
-        hook_name=HOOK,
-        layer=1,
-        index=0,
-        domains=["violence"],
-        explanation="always on",
-        threshold=0.5,
-        scale=1.0,
-        density=1.0,
-    )
-    heads = {
-        domain: HeadRecord(
-            features=["L1/0"],
-            weights=[0.0],
-            bias=5.0 if domain == "violence" else -5.0,
-            calibration=Calibration(slope=1.0, intercept=0.0),
-            thresholds={"0.01": 0.5},
-            streaming_thresholds={"0.01": 0.5},
-            steering=[0.0],
-        )
-        for domain in DOMAINS
-    }
-    hook = {
-        "hook_name": HOOK,
-        "d_in": width,
-        "d_sae": 8,
-        "n_selected": 1,
-        "sae_sha256": digest,
-        "fvu": 0.1,
-        "l0": 1.0,
-        "dead_fraction": 0.0,
-        "fires_precision": 1.0,
-        "fires_recall": 1.0,
-    }
-    manifest = {
-        "name": "tiny",
-        "version": "1",
-        "created": "2024-01-01",
-        "tool_version": "0",
-        "model": identify(tiny_model, tiny_tokenizer, "tiny-llama").model_dump(),
-        "hook_points": [hook],
-        "corpus": [],
-        "canary": {"text": "a small bird", "activations": {"L1/0": 1.0}, "tolerance": 0.1},
-    }
-    rows = Rows(
-        W_enc=np.zeros((width, 1), np.float32),
-        W_dec=np.zeros((1, width), np.float32),
-        b_enc=np.ones(1, np.float32),
-        threshold=np.full(1, 0.5, np.float32),
-    )
-    pooling = Pooling(window=8, min_tokens=2, ceiling=4.0, evidence_tokens=EVIDENCE)
-    folder = tmp_path / "bank"
-    save_bank(
-        folder,
-        manifest=manifest,
-        features=[feature],
-        heads=Heads(pooling=pooling, heads=heads),  # type: ignore[arg-type]
-        rows={HOOK: rows},
-    )
-    return folder
+def bank(tmp_path: Path, write_bank: Callable[..., Path]) -> Path:
+    return write_bank(tmp_path / "bank", evidence_tokens=EVIDENCE)
 
 
 @pytest.fixture
