@@ -1,8 +1,20 @@
-"""The four safety domains. A score means "this content is present"; what to do about it is policy."""
+"""The four domains, and under each its subtopics, concepts and concept-contrastive pairs, as data."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from feature_bank.taxonomy.domains import DOMAINS, Domain
+from feature_bank.taxonomy.files import Taxonomy, load_taxonomy, normalised
+from feature_bank.taxonomy.records import Concept, DomainTaxonomy, HardNegative, Pair, Subtopic
 
-Domain = Literal["pornography", "politics", "violence", "terror"]
-DOMAINS: tuple[Domain, ...] = get_args(Domain)
+__all__ = [
+    "DOMAINS",
+    "Concept",
+    "Domain",
+    "DomainTaxonomy",
+    "HardNegative",
+    "Pair",
+    "Subtopic",
+    "Taxonomy",
+    "load_taxonomy",
+    "normalised",
+]
