@@ -363,7 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "full_sae": {"d_sae": D_SAE, "hook_points": len(bank.hook_names)},
         "identical_tokens": True,  # the run ends with an error if an arm generates other tokens
     }
-    print(write_result("overhead", figures, detail, folder=options.out))
+    packages = ["sae-lens"] if "sae_lens" in bench.observers else []
+    print(write_result("overhead", figures, detail, packages=packages, folder=options.out))
     if options.docs:
         update("overhead", options.out)
 
