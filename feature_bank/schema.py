@@ -80,6 +80,8 @@ class Manifest(Record):
     canary: Canary
     quality: dict[str, FiniteFloat] = Field(default_factory=dict)
     files: dict[str, Sha256]
+    parent: str | None = None
+    """The version that this one was made from by refitting, as `Bank.version` writes it."""
     sha256: Sha256
     """Of this file itself, with zeros in place of the digest; see `feature_bank.bank.seal`."""
 
@@ -105,6 +107,96 @@ class Evidence(Record):
     text: str
     peak: str
     activation: FiniteFloat
+    tokens: list[str] = Field(default_factory=list)
+    """The excerpt's tokens in order, as text."""
+    activations: list[FiniteFloat] = Field(default_factory=list)
+    """The feature's normalised activation on each of `tokens`."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Evidence:
+        if len(self.tokens) != len(self.activations):
+            raise ValueError("tokens and activations must have one entry a token")
+        return self
+
+
+class PredicateTerm(Record):
+    """One term of an executable explanation, and what its occurrence in a segment adds to the log-odds."""
+
+    kind: Literal["token", "ngram", "concept"]
+    text: str
+    weight: FiniteFloat
+
+
+class Predicate(Record):
+    """An explanation that can be run: p(fires) = sigmoid(bias + the weights of the terms that occur)."""
+
+    terms: list[PredicateTerm] = Field(max_length=12)
+    bias: FiniteFloat
+
+
+class Explainer(Record):
+    """Who wrote an explanation."""
+
+    method: Literal["executable", "llm", "imported", "reviewer"]
+    model: str | None = None
+    prompt_sha256: Sha256 | None = None
+    seed: int | None = None
+
+
+class SimulationScore(Record):
+    """How well an explanation predicts, on text that the explainer never saw, where the feature fires."""
+
+    level: Literal["token", "segment"]
+    simulator: str
+    """`executable`, or the name of the language model."""
+    n: int = Field(gt=0)
+    """Tokens or segments that were scored."""
+    missing: int = Field(default=0, ge=0)
+    """Those for which the simulator gave no usable answer: left out, never counted as zero."""
+    corr: FiniteFloat
+    """Pearson's correlation of predicted and true activation: the CorrScore."""
+    corr_low: FiniteFloat
+    corr_high: FiniteFloat
+    """95 % interval, by resampling documents."""
+    corr_null: FiniteFloat
+    """97.5th percentile of the same with the explanations of other features."""
+    corr_null_mean: FiniteFloat
+    auroc: Probability | None = None
+    balanced_accuracy: Probability | None = None
+    pr_auc: Probability | None = None
+    """At the base rate at which the feature fires in the corpus, whatever share of the sample fires."""
+
+
+class ConceptScore(Record):
+    """How often a feature tells a concept's contrast pairs apart."""
+
+    domain: Domain
+    concept: str
+    pairs: int = Field(gt=0)
+    frequency: Probability
+    """Share of the pairs where it fires on the text with the concept and not on its twin."""
+    reverse: Probability
+    """Share of the pairs where it is the other way round."""
+    q: Probability
+    """The sign test's p-value, adjusted for all features and concepts (Benjamini-Hochberg)."""
+
+
+class Causality(Record):
+    """What ablating the feature does to the domains' scores on texts where it fires."""
+
+    texts: int = Field(gt=0)
+    effects: dict[Domain, FiniteFloat]
+    """Mean change of each domain's logit (negative: the score falls)."""
+    low: dict[Domain, FiniteFloat]
+    high: dict[Domain, FiniteFloat]
+    """95 % interval of the mean."""
+
+
+class Duplicate(Record):
+    """Another feature of the bank that fires on nearly the same tokens."""
+
+    id: str = Field(pattern=r"^L\d+/\d+$")
+    correlation: FiniteFloat
 
 
 class FeatureRecord(Record):
@@ -117,18 +209,36 @@ class FeatureRecord(Record):
     domains: list[Domain]
     concepts: list[str] = Field(default_factory=list)
     explanation: str
+    explainer: Explainer | None = None
+    predicate: Predicate | None = None
+    kind: Literal["lexical", "conceptual"] | None = None
+    lexicality: Probability | None = None
+    """Share of the activation's variance over tokens that the token's identity alone explains."""
     trigger_tokens: list[Term] = Field(default_factory=list)
     ngrams: list[Term] = Field(default_factory=list)
     promoted_tokens: list[str] = Field(default_factory=list)
     """The tokens whose logits the decoder row raises most (logit lens)."""
     scores: dict[str, FiniteFloat] = Field(default_factory=dict)
-    """Per domain: `auroc_<domain>`, its 95 % interval `..._low`, `..._high`, and `..._null` (labels shuffled)."""
+    """Detection, per domain: `auroc_<domain>`, its 95 % interval `..._low`, `..._high`, and `..._null` (labels
+    shuffled); `tpr_<domain>` and `lookalike_fpr_<domain>`: the share of the domain's texts, and of texts that only look
+    like it, that lie above the value which one in twenty of the other texts exceeds."""
+    fidelity: list[SimulationScore] = Field(default_factory=list)
+    concept_scores: list[ConceptScore] = Field(default_factory=list)
+    """The concepts that the feature tells apart, best first."""
+    causality: Causality | None = None
+    admitted: bool = True
+    """Whether the preset's rules let it into the guard."""
+    refusals: list[str] = Field(default_factory=list)
+    """The rules that it fails."""
+    duplicates: list[Duplicate] = Field(default_factory=list)
     threshold: FiniteFloat
     scale: float = Field(gt=0.0)
     """99.9th percentile of the activation on the training corpus; reported activations are divided by it."""
     density: Probability
     """Share of the corpus's tokens on which the feature fires."""
     quantiles: dict[str, FiniteFloat] = Field(default_factory=dict)
+    histogram: list[int] = Field(default_factory=list)
+    """Firing tokens in 20 equal bins of the normalised activation from 0 to 1; the last takes the rest."""
     evidence: list[Evidence] = Field(default_factory=list)
 
 

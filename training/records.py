@@ -16,7 +16,7 @@ from guard.hook_points import parse_hook_name
 from training.activations import QUANTILES, FeatureStats
 from training.corpus import OWN_SOURCE, Document
 from training.discovery import auroc_interval, labels
-from training.explanation import TermTable, describe, evidence, trigger_tokens
+from training.explain.terms import TermTable, describe, evidence, trigger_tokens
 from training.harvest import Harvest
 from training.selected import Selection, TrainedHook, feature_id
 

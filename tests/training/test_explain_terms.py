@@ -11,7 +11,7 @@ from scipy import sparse
 from feature_bank.schema import Term
 from tests.training.samples import document
 from training.corpus import OWN_SOURCE, Document
-from training.explanation import TermTable, describe, evidence, log_odds_z, significant, terms_of, trigger_tokens
+from training.explain.terms import TermTable, describe, evidence, log_odds_z, significant, terms_of, trigger_tokens
 
 WORDS = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(200)]
 

@@ -1,0 +1,1 @@
+"""Explanations of features, by rules that can be run or by a language model."""
