@@ -47,11 +47,8 @@ class SelectedEncoder:
 
     def encode(self, sae_ins: Mapping[str, Float[Tensor, "n d_in"]]) -> Float[Tensor, "n n_features"]:
         """Normalised activations of all features, in the bank's order."""
-        first = sae_ins[self.hook_names[0]]
-        pre = torch.empty(first.shape[0], self.n_features, device=first.device)
-        for name, columns in self.columns.items():
-            torch.addmm(self._bias[name], sae_ins[name].float(), self._weight[name], out=pre[:, columns])
-        return self._active(pre, self.threshold)
+        parts = [torch.addmm(self._bias[name], sae_ins[name].float(), self._weight[name]) for name in self.columns]
+        return self._active(torch.cat(parts, dim=1), self.threshold)
 
     @staticmethod
     def _active(pre: Float[Tensor, "n f"], threshold: Float[Tensor, " f"]) -> Float[Tensor, "n f"]:

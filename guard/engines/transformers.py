@@ -188,8 +188,11 @@ class TransformersEngine:
 
     # ---- judging -----------------------------------------------------------------------------------------
 
-    @torch.inference_mode()  # always, since tensors of a state that began in it can be changed only in it
     def _judge(self, state: BatchState) -> None:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._judge(state)
+            return
         assert self._input_ids is not None
         if len(self._hidden) != len(self._hooks):
             raise GuardError(f"hooks did not fire: {sorted(set(self._hooks) - set(self._hidden))}")
