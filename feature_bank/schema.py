@@ -220,8 +220,9 @@ class FeatureRecord(Record):
     """The tokens whose logits the decoder row raises most (logit lens)."""
     scores: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Detection, per domain: `auroc_<domain>`, its 95 % interval `..._low`, `..._high`, and `..._null` (labels
-    shuffled); `tpr_<domain>` and `lookalike_fpr_<domain>`: the share of the domain's texts, and of texts that only look
-    like it, that lie above the value which one in twenty of the other texts exceeds."""
+    shuffled); `selectivity_<domain>`: the AUROC against texts of other domains alone; `tpr_<domain>` and
+    `lookalike_fpr_<domain>`: the share of the domain's texts, and of texts that only look like it, that lie above the
+    value which one in twenty of the other texts exceeds."""
     fidelity: list[SimulationScore] = Field(default_factory=list)
     concept_scores: list[ConceptScore] = Field(default_factory=list)
     """The concepts that the feature tells apart, best first."""

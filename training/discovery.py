@@ -73,6 +73,26 @@ def auroc_interval(scores: npt.NDArray[np.floating], y: npt.NDArray[np.bool_], *
     return Interval(value, max(0.0, value - margin), min(1.0, value + margin), float(np.quantile(shuffled, 0.975)))
 
 
+def adjusted(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Benjamini and Hochberg's (1995) adjusted p-values over all entries of an array, in its shape."""
+    flat = p.ravel()
+    order = np.argsort(-flat, kind="stable")
+    ranks = np.arange(flat.size, 0, -1)
+    found = np.empty_like(flat)
+    found[order] = np.minimum.accumulate(np.minimum(flat[order] * flat.size / ranks, 1.0))
+    return found.reshape(p.shape)
+
+
+def auroc_p(values: FloatArray, y: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """One-sided p-values of AUROCs above a half, by Mann and Whitney's normal approximation without ties."""
+    from scipy.stats import norm
+
+    positives, negatives = int(y.sum()), int((~y).sum())
+    spread = ((positives + negatives + 1) / (12 * positives * negatives)) ** 0.5
+    p: npt.NDArray[np.float64] = norm.sf((values.astype(np.float64) - 0.5) / spread)
+    return p
+
+
 def screen(
     pooled: FloatArray, y: npt.NDArray[np.bool_], sources: Sequence[str], *, limit: int
 ) -> npt.NDArray[np.int64]:

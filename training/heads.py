@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +35,13 @@ def fit_heads(
     max_features: int,
     report: Callable[[str, int], None],
     domains: Sequence[str] = DOMAINS,
+    allowed: Collection[FeatureKey] | None = None,
 ) -> dict[str, FittedHead]:
     """One sparse head a domain on the discovery split; domains without labels of both kinds are left out.
 
-    pooled: hook_name -> (n_documents, d_sae). Raises DataError if no domain can be fitted.
+    pooled: hook_name -> (n_documents, d_sae). allowed: the only features that may be used; all if left out.
+
+    Raises DataError if no domain can be fitted.
     """
     heads: dict[str, FittedHead] = {}
     for done, domain in enumerate(domains, 1):
@@ -49,10 +52,15 @@ def fit_heads(
         keys: list[FeatureKey] = []
         columns: list[FloatArray] = []
         for hook_name, matrix in pooled.items():
-            part = matrix[rows].astype(np.float32)
+            among = np.arange(matrix.shape[1])
+            if allowed is not None:
+                among = np.array(sorted(i for name, i in allowed if name == hook_name), dtype=np.int64)
+            part = matrix[np.ix_(rows, among)].astype(np.float32)
             chosen = screen(part, y, sources, limit=candidates)
-            keys += [(hook_name, int(i)) for i in chosen]
+            keys += [(hook_name, int(i)) for i in among[chosen]]
             columns.append(part[:, chosen])
+        if not keys:
+            continue
         head: SparseHead = fit_sparse_head(
             np.concatenate(columns, axis=1),
             y,
@@ -98,11 +106,16 @@ def mean_difference(
 
 
 def steering_features(
-    difference: Mapping[str, FloatArray], scale: Mapping[str, FloatArray], *, per_hook: int
+    difference: Mapping[str, FloatArray],
+    scale: Mapping[str, FloatArray],
+    *,
+    per_hook: int,
+    allowed: Collection[FeatureKey] | None = None,
 ) -> list[FeatureKey]:
     """The features that carry most of the mean difference at each hook point, in the activation's own units."""
     chosen: list[FeatureKey] = []
     for hook_name, values in difference.items():
-        order = np.argsort(-np.abs(values * scale[hook_name]), kind="stable")[:per_hook]
-        chosen += [(hook_name, int(i)) for i in order]
+        order = np.argsort(-np.abs(values * scale[hook_name]), kind="stable")
+        keys = [(hook_name, int(i)) for i in order]
+        chosen += [key for key in keys if allowed is None or key in allowed][:per_hook]
     return chosen

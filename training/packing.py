@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,12 @@ from feature_bank.bank import Bank, Rows, save_bank
 from feature_bank.errors import BankError, DataError
 from feature_bank.layout import render, scored_positions
 from feature_bank.sae import SAE
-from feature_bank.schema import Canary, HeadRecord, Heads, HookRecord, Pooling
+from feature_bank.schema import Canary, FeatureRecord, HeadRecord, Heads, HookRecord, Pooling
 from feature_bank.taxonomy import DOMAINS
 from guard.capture import pad_batch, truncated_forward
-from training.activations import FeatureStats, batch_topk_agreement, cached_pooling, encode_tokens
+from training.activations import FeatureStats, batch_topk_agreement, cached_pooling
 from training.calibration import calibrate, document_scores, probability, thresholds
+from training.candidates import choose, encode, on_contrasts
 from training.corpus import Document
 from training.discovery import auroc_interval, labels
 from training.harvest import Harvest
@@ -29,11 +30,11 @@ from training.heads import (
     mean_difference,
     steering_features,
 )
-from training.records import feature_records
+from training.records import describe
 from training.selected import FeatureKey, Selection, TrainedHook, feature_id
 
 if TYPE_CHECKING:
-    from training.pipeline import Preset
+    from training.pipeline import Prepared, Preset
 
 FloatArray = npt.NDArray[np.float32]
 Report = Callable[[str, int, int, str], None]
@@ -46,51 +47,152 @@ def build_bank(
     model: Any,
     tokenizer: Any,
     preset: Preset,
-    documents: Sequence[Document],
-    cache: Harvest,
-    hooks: Sequence[TrainedHook],
+    prepared: Prepared,
     out: Path,
     work: Path,
     manifest: Mapping[str, Any],
     report: Report,
 ) -> Bank:
-    """Discover, fit, calibrate, explain and write."""
+    """Choose candidates, describe and judge each, fit heads on those that are admitted, calibrate and write.
+
+    Raises DataError if too few features are admitted for any domain's head.
+    """
+    documents, cache, hooks = prepared.documents, prepared.cache, prepared.hooks
     stats, pooled = pool_hooks(hooks, cache, len(documents), preset.pooling, work, report)
+    scales = {name: s.scale for name, s in stats.items()}
+    keys = choose(
+        pooled,
+        documents,
+        scales,
+        screened=preset.candidates,
+        per_head=preset.described_per_head,
+        per_steering=preset.described_for_steering,
+        report=lambda detail, done: report("candidates", done, len(DOMAINS), detail),
+    )
+    candidates = encode(hooks, keys, cache, scales)
+    report("candidates", 1, 1, f"{len(keys):,} features to describe")
+    records, judge = describe(
+        candidates,
+        hooks,
+        stats,
+        documents,
+        cache,
+        pooled,
+        prepared.contrasts,
+        on_contrasts(hooks, candidates.keys, prepared.contrasts, scales, preset.pooling),
+        model,
+        tokenizer,
+        preset.admission,
+        preset.seed,
+        report,
+    )
+    by_key = dict(zip(candidates.keys, records, strict=True))
+    admitted = {key for key, record in by_key.items() if record.admitted}
+    report("admit", 1, 1, f"{len(admitted):,} of {len(keys):,} features admitted")
+
+    fit = fit_guard(pooled, documents, candidates, cache, scales, admitted, preset, report)
+    features = guard_records([by_key[key] for key in fit.selection.keys], fit.heads, fit.selection)
+    rows, hook_records = cut_rows(hooks, fit.selection, cache)
+    bank = save_bank(
+        out,
+        manifest={
+            **manifest,
+            "hook_points": [r.model_dump() for r in hook_records],
+            "canary": _canary(model, tokenizer, preset, rows, fit.selection, scales).model_dump(),
+            "quality": {**fit.quality, **judge, "described": len(keys), "admitted": len(admitted)},
+        },
+        features=features,
+        heads=fit.heads,
+        rows=rows,
+    )
+    report("pack", 1, 1, str(out))
+    return bank
+
+
+class Fit(NamedTuple):
+    """Heads over admitted features, and these features' activations."""
+
+    heads: Heads
+    selection: Selection
+    quality: dict[str, float]
+
+
+def fit_guard(
+    pooled: Mapping[str, npt.NDArray[np.float16]],
+    documents: Sequence[Document],
+    candidates: Selection,
+    cache: Harvest,
+    scales: Mapping[str, FloatArray],
+    admitted: Collection[FeatureKey],
+    preset: Preset,
+    report: Report,
+) -> Fit:
+    """Fit, calibrate and test the domain heads on the admitted candidates alone."""
     fitted = fit_heads(
         pooled,
         documents,
         candidates=preset.candidates,
         max_features=preset.features_per_head,
         report=lambda detail, done: report("heads", done, len(DOMAINS), detail),
+        allowed=admitted,
     )
     report("heads", 1, 1, f"{len(fitted)} domains")
-    scales = {name: s.scale for name, s in stats.items()}
     steering: dict[str, dict[FeatureKey, float]] = {}
     for domain in fitted:
         positive, negative = contrast_rows(documents, domain)
         difference = {name: mean_difference(p, positive, negative) for name, p in pooled.items()}
-        chosen = steering_features(difference, scales, per_hook=preset.steering_features)
+        chosen = steering_features(difference, scales, per_hook=preset.steering_features, allowed=admitted)
         steering[domain] = {
             key: float(difference[key[0]][key[1]] * scales[key[0]][key[1]])
             for key in [*chosen, *fitted[domain].features]
         }
-    selection = _select(hooks, fitted, steering, cache, scales)
+    used = {key for part in steering.values() for key in part}
+    missing = [name for name in pooled if name not in {hook for hook, _ in used}]
+    used |= {next(key for key in candidates.keys if key[0] == name) for name in missing}  # a hook point stays
+    selection = candidates.subset([key for key in candidates.keys if key in used])
     report("select", 1, 1, f"{len(selection.keys)} features")
-
     heads, quality = _calibrated(fitted, steering, selection, documents, cache, preset)
-    features = feature_records(
-        selection, heads, hooks, stats, documents, cache, pooled, model, tokenizer, preset.seed, report
-    )
-    rows = {
-        hook.sae.hook_name: _rows(hook.sae, [i for n, i in selection.keys if n == hook.sae.hook_name]) for hook in hooks
+    return Fit(heads, selection, quality)
+
+
+def guard_records(records: Sequence[FeatureRecord], heads: Heads, selection: Selection) -> list[FeatureRecord]:
+    """The records of the features that a bank holds: a domain whose head counts a feature against it is no tag of it,
+    and near-duplicates are named only if they are in the bank too."""
+    held = {feature_id(key) for key in selection.keys}
+    against = {
+        (domain, feature)
+        for domain, head in heads.heads.items()
+        for feature, weight in zip(head.features, head.weights, strict=True)
+        if weight < 0
     }
-    records = []
+    found = []
+    for record in records:
+        domains = [domain for domain in record.domains if (domain, record.id) not in against]
+        found.append(
+            record.model_copy(
+                update={
+                    "domains": domains,
+                    "concepts": [name for name in record.concepts if name.split("/")[0] in domains],
+                    "duplicates": [d for d in record.duplicates if d.id in held],
+                }
+            )
+        )
+    return found
+
+
+def cut_rows(
+    hooks: Sequence[TrainedHook], selection: Selection, cache: Harvest
+) -> tuple[dict[str, Rows], list[HookRecord]]:
+    """The selected rows of every hook point's SAE, and how well they stand for it."""
+    rows, records = {}, []
     for hook in hooks:
-        indices = [i for n, i in selection.keys if n == hook.sae.hook_name]
-        precision, recall = batch_topk_agreement(hook.sae, cache.activations(hook.sae.hook_name), indices, hook.k)
+        name = hook.sae.hook_name
+        indices = [i for n, i in selection.keys if n == name]
+        rows[name] = _rows(hook.sae, indices)
+        precision, recall = batch_topk_agreement(hook.sae, cache.activations(name), indices, hook.k)
         records.append(
             HookRecord(
-                hook_name=hook.sae.hook_name,
+                hook_name=name,
                 d_in=hook.sae.d_in,
                 d_sae=hook.sae.d_sae,
                 n_selected=len(indices),
@@ -102,20 +204,7 @@ def build_bank(
                 fires_recall=recall,
             )
         )
-    bank = save_bank(
-        out,
-        manifest={
-            **manifest,
-            "hook_points": [r.model_dump() for r in records],
-            "canary": _canary(model, tokenizer, preset, rows, selection, scales).model_dump(),
-            "quality": quality,
-        },
-        features=features,
-        heads=heads,
-        rows=rows,
-    )
-    report("pack", 1, 1, str(out))
-    return bank
+    return rows, records
 
 
 def pool_hooks(
@@ -140,28 +229,6 @@ def pool_hooks(
         )
         report("discovery", done, len(hooks), f"{hook.sae.d_sae:,} features at {name}")
     return stats, pooled
-
-
-def _select(
-    hooks: Sequence[TrainedHook],
-    fitted: Mapping[str, FittedHead],
-    steering: Mapping[str, Mapping[FeatureKey, float]],
-    cache: Harvest,
-    scales: Mapping[str, FloatArray],
-) -> Selection:
-    wanted = {key for head in fitted.values() for key in head.features} | {
-        k for part in steering.values() for k in part
-    }
-    keys: list[FeatureKey] = []
-    acts: list[npt.NDArray[np.float16]] = []
-    for hook in hooks:
-        name = hook.sae.hook_name
-        indices = sorted(i for n, i in wanted if n == name)
-        if not indices:
-            indices = [0]  # a hook point stays in the bank even if nothing there was chosen
-        keys += [(name, i) for i in indices]
-        acts.append(encode_tokens(hook.sae, cache.activations(name), indices, scales[name]))
-    return Selection(keys=keys, acts=np.concatenate(acts, axis=1))
 
 
 def _calibrated(
@@ -225,7 +292,7 @@ def _rows(sae: SAE, indices: list[int]) -> Rows:
         raise BankError(
             "only the encoder of this SAE was published, and a bank's rows are what a policy steers with", field="W_dec"
         )
-    part = sae.select(indices or [0])
+    part = sae.select(indices)
     return Rows(
         W_enc=part.W_enc.numpy(),
         W_dec=part.W_dec.numpy(),

@@ -20,7 +20,11 @@ from feature_bank.errors import DataError, SailguardError
 from feature_bank.formats.saelens import WEIGHTS_FILE
 from feature_bank.identity import weights_digest
 from feature_bank.schema import CorpusRecord, ModelIdentity, Pooling
+from feature_bank.taxonomy import load_taxonomy
 from guard.hook_points import parse_hook_name
+from training.admission import AdmissionRules
+from training.candidates import Contrasts
+from training.contrast import harvest_contrasts, taxonomy_texts
 from training.corpus import Document, TokenSequence, corpus_hash, read_documents, tokenise
 from training.harvest import Harvest, harvest
 from training.packing import build_bank
@@ -57,9 +61,19 @@ class Preset(BaseModel):
     general_budget: int = Field(default=250_000, ge=0)
     sae: SaeSettings = SaeSettings()
     pooling: Pooling
-    features_per_head: int = Field(default=128, ge=1)
-    steering_features: int = Field(default=12, ge=0)
     candidates: int = Field(default=500, ge=1)
+    """Features a domain and hook point that a first fit of the heads may choose from."""
+    described_per_head: int = Field(default=320, ge=1)
+    """Features a domain that this fit keeps: they are explained, scored and judged."""
+    described_for_steering: int = Field(default=16, ge=0)
+    """The same of those that carry most of a domain's mean difference, a hook point."""
+    admission: AdmissionRules = AdmissionRules()
+    features_per_head: int = Field(default=128, ge=1)
+    """Admitted features a domain that its head uses, at most."""
+    steering_features: int = Field(default=12, ge=0)
+    """Admitted features a domain and hook point that steering uses, at most."""
+    taxonomy: Path | None = None
+    """Folder of taxonomy files; the shipped ones if left out."""
     seed: int = 0
     canary: str = Field(min_length=20)
     own_corpora: bool = True
@@ -106,6 +120,7 @@ class Prepared:
     records: list[CorpusRecord]
     cache: Harvest
     hooks: list[TrainedHook]
+    contrasts: Contrasts
 
 
 def prepare(
@@ -130,16 +145,23 @@ def prepare(
     report("corpus", 1, 1, f"{len(documents):,} documents, {sum(len(s.positions) for s in sequences):,} tokens")
     _claim(work, preset, documents, identity, model)
 
+    fingerprint = {"model": identity.config_hash, "tokenizer": identity.tokenizer_hash}
     cache = harvest(
         model,
         sequences,
         preset.hook_points,
         work / "activations",
-        fingerprint={"model": identity.config_hash, "tokenizer": identity.tokenizer_hash},
+        fingerprint=fingerprint,
         on_shard=lambda done, total, tokens: report("harvest", done, total, f"{tokens:,} tokens"),
     )
+    texts = taxonomy_texts(load_taxonomy(preset.taxonomy))
+    pairs = harvest_contrasts(
+        model, tokenizer, texts, preset.hook_points, work / "contrasts", fingerprint=fingerprint, report=report
+    )
     hooks = _train_hooks(cache, identity, preset, work, report)
-    return Prepared(documents=documents, records=records, cache=cache, hooks=hooks)
+    return Prepared(
+        documents=documents, records=records, cache=cache, hooks=hooks, contrasts=Contrasts(texts=texts, cache=pairs)
+    )
 
 
 def train_bank(
@@ -166,9 +188,7 @@ def train_bank(
         model=model,
         tokenizer=tokenizer,
         preset=preset,
-        documents=prepared.documents,
-        cache=prepared.cache,
-        hooks=prepared.hooks,
+        prepared=prepared,
         out=out,
         work=work,
         manifest=_manifest_head(preset, identity, prepared.records),

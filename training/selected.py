@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,11 @@ class Selection:
     keys: list[FeatureKey]
     acts: npt.NDArray[np.float16]
     """(tokens, F), normalised."""
+
+    def subset(self, keys: Sequence[FeatureKey]) -> Selection:
+        """Some of the features, in the order given."""
+        position = self.position()
+        return Selection(keys=list(keys), acts=self.acts[:, [position[key] for key in keys]])
 
     def position(self) -> dict[FeatureKey, int]:
         """Where each feature stands in the bank's order."""

@@ -14,7 +14,7 @@ from training.architectures.base import ArchitectureOptions
 from training.architectures.sparse import SparseArchitecture, SparseOptions
 from training.kernels import SparseActs, batch_topk
 
-_DECAY = 0.99
+_DECAY = 0.9  # of the threshold a step: a slower average lags behind while the activations still grow
 _GUESS = 0.8  # of the last cut: it rarely falls by more in a step, and little more than k a token passes
 
 
