@@ -291,6 +291,15 @@ class Bench:
             total = time.perf_counter() - started
         return {"hooks": 0.0, "finish": 0.0, "flush": 0.0} | watch.seconds | {"total": total}
 
+    def instrumented_prefill(self) -> dict[str, float]:
+        """The same of one guarded forward pass over `PREFILL_TOKENS` tokens."""
+        watch = Stopwatch()
+        with timed_engine(watch), self.guard.attach(self.loaded.model, self.loaded.tokenizer):
+            self._prefill(self.loaded.model)
+            gc.collect()
+            watch.seconds.clear()
+            return {"total": self._prefill(self.loaded.model)} | watch.seconds
+
 
 def measure(bench: Bench, *, tokens: int, rounds: int, prefills: int) -> tuple[dict[str, Figure], dict[str, Any]]:
     """All figures, each a median, and their spread."""
@@ -323,6 +332,11 @@ def measure(bench: Bench, *, tokens: int, rounds: int, prefills: int) -> tuple[d
         figures[f"{key}_own_share"] = Figure(value=share["median"], unit="share", n=share["n"])
         figures[f"{key}_flush_ms"] = Figure(value=flush_ms["median"], unit="ms", n=flush_ms["n"])
         print(f"{key}_own", detail[f"{key}_own"], flush=True)
+    passes = [bench.instrumented_prefill() for _ in range(9)]
+    share = spread([t["hooks"] / t["total"] for t in passes])
+    detail["prefill_own"] = {"hooks_share": share, "hooks_ms": spread([1000 * t["hooks"] for t in passes])}
+    figures["prefill_own_share"] = Figure(value=share["median"], unit="share", n=share["n"])
+    print("prefill_own", detail["prefill_own"], flush=True)
     return figures, detail
 
 

@@ -202,9 +202,9 @@ def overhead_tables(result: Result) -> str:
         [
             titles[key],
             _percent(own["hooks_share"]["median"]),
-            _ms(own["hooks_ms_per_step"]),
-            _ms(own["flush_ms"]),
-            _spread(own["ratio"]),
+            _ms(own["hooks_ms_per_step"] if "hooks_ms_per_step" in own else own["hooks_ms"]),
+            _ms(own["flush_ms"]) if "flush_ms" in own else None,
+            _spread(own["ratio"]) if "ratio" in own else None,
         ]
         for key in titles
         if (own := detail.get(f"{key}_own")) is not None
@@ -216,8 +216,10 @@ def overhead_tables(result: Result) -> str:
             markdown(["", *arms.values(), "pairs", "unguarded, ms a token"], compared),
             "### How single pairs scatter (median, quartiles)",
             markdown(["", *arms.values()], scatter),
-            "### The guard's own time, measured inside one whole `model.generate`",
-            markdown(["", "share of the steps", "ms a step", "last token, ms", "ratio, last token included"], apart),
+            "### The guard's own time, measured inside one whole `model.generate`, and inside one pass over a prompt",
+            markdown(
+                ["", "share of the time", "ms a step or pass", "last token, ms", "ratio, last token included"], apart
+            ),
         ]
     )
 

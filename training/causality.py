@@ -28,7 +28,7 @@ from training.selected import FeatureKey
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
-TEXTS = 8  # a feature, at most
+TEXTS = 6  # a feature, at most
 MIN_TEXTS = 3
 _BATCH_TOKENS = 4096
 _C = 0.01
@@ -165,7 +165,7 @@ def ablation_effects(
 ) -> dict[FeatureKey, Causality]:
     """What ablating each feature alone does to the judge's logits, on the texts where it is strongest.
 
-    strongest: per feature the texts on which it fires, the strongest first; the first 8 are read, and a feature that
+    strongest: per feature the texts on which it fires, the strongest first; the first 6 are read, and a feature that
     has fewer than 3 is missing from the result. The interval is the mean's, mean +- 1.96 standard errors.
     """
     found: dict[FeatureKey, Causality] = {}

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from feature_bank.schema import Evidence
 
 Decode = Callable[[list[int]], str]
+_SPEAKERS = ("user", "assistant", "system")
 _MOST_PARTS = 4  # tokens that one character is split into, at most
 
 
@@ -41,6 +42,10 @@ def excerpts(
         while last + 1 < len(documents) and documents[last + 1] == document and last - peak < around:
             last += 1
         tokens, values = readable(token_ids[first : last + 1].tolist(), acts[first : last + 1].tolist(), decode)
+        spoken = _after_speaker(tokens)
+        tokens, values = tokens[spoken:], values[spoken:]
+        if not values or max(values) < round(float(acts[peak]), 3):
+            continue  # it peaks on the template's own word for who speaks
         found.append(
             Evidence(
                 text="".join(tokens).strip(),
@@ -53,6 +58,14 @@ def excerpts(
         if len(found) == top:
             break
     return found
+
+
+def _after_speaker(tokens: Sequence[str]) -> int:
+    """Where the text begins after what the chat template says of the speaker, as in `user\\n`."""
+    for stop, token in enumerate(tokens[:3], 1):
+        if token.endswith("\n"):
+            return stop if "".join(tokens[:stop]).strip() in _SPEAKERS else 0
+    return 0
 
 
 def readable(ids: Sequence[int], acts: Sequence[float], decode: Decode) -> tuple[list[str], list[float]]:

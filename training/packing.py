@@ -98,7 +98,7 @@ def build_bank(
         manifest={
             **manifest,
             "hook_points": [r.model_dump() for r in hook_records],
-            "canary": _canary(model, tokenizer, preset, rows, fit.selection, scales).model_dump(),
+            "canary": make_canary(model, tokenizer, preset, rows, fit.selection, scales).model_dump(),
             "quality": {**fit.quality, **judge, "described": len(keys), "admitted": len(admitted)},
         },
         features=features,
@@ -301,7 +301,7 @@ def _rows(sae: SAE, indices: list[int]) -> Rows:
     )
 
 
-def _canary(
+def make_canary(
     model: Any,
     tokenizer: Any,
     preset: Preset,

@@ -191,12 +191,13 @@ def train_bank(
         prepared=prepared,
         out=out,
         work=work,
-        manifest=_manifest_head(preset, identity, prepared.records),
+        manifest=manifest_head(preset, identity, prepared.records),
         report=report,
     )
 
 
-def _manifest_head(preset: Preset, identity: ModelIdentity, records: list[CorpusRecord]) -> dict[str, Any]:
+def manifest_head(preset: Preset, identity: ModelIdentity, records: list[CorpusRecord]) -> dict[str, Any]:
+    """The manifest's fields that are known before there is a bank."""
     return {
         "name": preset.name,
         "version": preset.version,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from feature_bank.errors import DataError, SailguardError
+from feature_bank.errors import DataError
 from service.commands.harvest import harvest
 from service.commands.options import JsonOption, ModelOption
-from service.commands.terminal import error_console, output_console, plain, print_json
+from service.commands.refit import refit
+from service.commands.terminal import output_console, plain, print_json
+from service.commands.train_inputs import DATA_FILES, DATA_FOLDER, StageReport, check_target, data_files, existing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["build_app"]
 
-DATA_FOLDER = "SAILGUARD_DATA"
-DATA_FILES = ("fit.jsonl.gz", "general.jsonl.gz")
-LINE_SECONDS = 30.0
 BANK = "bank"
 
 MoreArgument = Annotated[
@@ -53,6 +50,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(cls=TrainGroup, help="Train a feature bank, or its parts alone. Without a command: a bank.")
     app.command(BANK)(train_bank)
     app.command()(saes)
+    app.command()(refit)
     app.command()(harvest)
     return app
 
@@ -82,8 +80,8 @@ def train_bank(
     model: ModelOption = None,
 ) -> None:
     """Train SAEs on a model's activations and distil them into a feature bank."""
-    _check_target(out, overwrite)
-    paths = _existing([*(data or []), *(more or [])] or _default_data())
+    check_target(out, overwrite)
+    paths = data_files([*(data or []), *(more or [])])
 
     from feature_bank.identity import identify
     from guard.models import load_model
@@ -91,7 +89,7 @@ def train_bank(
 
     settings = pipeline.load_preset(preset)
     loaded = load_model(model)
-    with _StageReport() as report:
+    with StageReport() as report:
         bank = pipeline.train_bank(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
@@ -124,14 +122,14 @@ def saes(
 
     Run again after an interruption, it goes on where it stopped; SAEs that are finished stay as they are.
     """
-    paths = _existing([*(data or []), *(more or [])])
+    paths = existing([*(data or []), *(more or [])])
     if bool(paths) == (cache is not None):
         raise DataError("name the files of text with --data, or the folder of harvested activations with --cache")
 
     from training.sweep import load_sweep, rows, train_cached, train_sweep
 
     sweep = load_sweep(config)
-    with _StageReport() as report:
+    with StageReport() as report:
         if cache is not None:
             from training.cache import open_harvest
 
@@ -185,69 +183,3 @@ def _table(trained: list[TrainedSae]) -> Table:
             f"{figures['tokens_per_second']:,.0f}",
         )
     return table
-
-
-class _StageReport:
-    """Progress of the stages on standard error: bars on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-        )
-        self._console = error_console()
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._tasks: dict[str, TaskID] = {}
-        self._said: dict[str, str] = {}
-        self._started = time.monotonic()
-        self._last = self._started
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
-        detail = plain(detail)
-        if self._console.is_terminal:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._progress.add_task(stage, total=total, detail=detail)
-            self._progress.update(self._tasks[stage], completed=done, total=total, detail=detail)
-            return
-        now = time.monotonic()
-        ended = done >= total
-        if self._said.get(stage) == detail or (not ended and now - self._last < LINE_SECONDS):
-            return
-        self._said[stage], self._last = detail, now
-        share = "" if ended else f" {done}/{total}"
-        self._console.print(f"{now - self._started:7.0f} s  {stage}{share}: {detail}", markup=False, soft_wrap=True)
-
-
-def _default_data() -> list[Path]:
-    folder = os.environ.get(DATA_FOLDER)
-    if not folder:
-        raise DataError(f"there is nothing to train on: name files with --data, or set {DATA_FOLDER} to their folder")
-    return [Path(folder) / name for name in DATA_FILES]
-
-
-def _existing(paths: list[Path]) -> list[Path]:
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; check --data")
-    return paths
-
-
-def _check_target(out: Path, overwrite: bool) -> None:
-    """Refuse, before hours of work, to replace what is no bank, or a bank without leave."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "bank.json").is_file():
-        raise SailguardError(f"{out}: --out exists and is no bank; name a new folder")
-    if not overwrite:
-        raise SailguardError(f"{out}: --out holds a bank already; add --overwrite to replace it, or name a new folder")

@@ -30,13 +30,34 @@ PRESET: dict[str, Any] = {
     "general_budget": 1500,
     "sae": {"expansion": 4, "k": 4, "batch_tokens": 256, "epochs": 1, "lr": 5e-3},
     "pooling": {"window": 32, "min_tokens": 8, "ceiling": 1.0, "evidence_tokens": 2},
+    "candidates": 20,
+    "described_per_head": 12,
+    "described_for_steering": 3,
+    "admission": {"min_corr": None},
     "features_per_head": 8,
     "steering_features": 2,
-    "candidates": 20,
     "canary": "A small bird sang in the garden; nobody listened, 42 times.",
     "own_corpora": False,
 }
-STAGES = ("corpus", "harvest", f"sae {HOOKS[0]}", f"sae {HOOKS[1]}", "discovery", "heads", "select", "explain", "pack")
+STAGES = (
+    "corpus",
+    "harvest",
+    "contrast pairs",
+    f"sae {HOOKS[0]}",
+    f"sae {HOOKS[1]}",
+    "discovery",
+    "candidates",
+    "detect",
+    "ablate",
+    "explain",
+    "simulate",
+    "records",
+    "admit",
+    "heads",
+    "select",
+    "pack",
+)
+SAE_STAGE = STAGES.index(f"sae {HOOKS[0]}")
 SECRET, HELD_OUT = "Zarquon", "Vogsphere"  # words that stand only in text that may not be shown
 POLITICS = ["BALLOT", "SENATE", "QUORUM", "TREATY", "DECREE", "LOBBY"]
 OTHERS = ["river", "garden", "kettle", "window", "pillow", "bread"]
@@ -52,7 +73,7 @@ class Workshop(NamedTuple):
 
     def train(self, out: Path, work: Path, report: Callable[..., None] | None = None, **preset: Any) -> Bank:
         path = self.folder / "preset.yaml"
-        path.write_text(yaml.safe_dump({**PRESET, **preset}))
+        path.write_text(yaml.safe_dump({**PRESET, "taxonomy": str(self.folder / "taxonomy"), **preset}))
         return train_bank(
             model=self.model,
             tokenizer=self.tokenizer,
@@ -63,6 +84,34 @@ class Workshop(NamedTuple):
             work=work,
             report=report or (lambda *_: None),
         )
+
+
+def write_taxonomy(folder: Path) -> None:
+    """One domain, two concepts: each pair says the same with a word of politics and without."""
+    folder.mkdir()
+    concepts = []
+    for number, words in enumerate((POLITICS[:3], POLITICS[3:])):
+        pairs = [
+            {
+                "with": f"{words[i % 3]} {OTHERS[i % 6]} {i}",
+                "without": f"{OTHERS[(i + 1) % 6]} {OTHERS[i % 6]} {i + 40 * (number + 1)}",
+                "lang": "en",
+                "genre": "news",
+                "split": "test" if i % 4 == 3 else "train",
+            }
+            for i in range(12)
+        ]
+        concepts.append(
+            {
+                "id": f"words_{number}",
+                "name": "Words",
+                "definition": "Some of the words that stand for politics here, and nothing besides them.",
+                "pairs": pairs,
+                "hard_negatives": [{"text": f"{OTHERS[0]} {OTHERS[3]} {number}", "lang": "en", "kind": "everyday"}],
+            }
+        )
+    subtopic = {"id": "all", "name": "All", "definition": concepts[0]["definition"], "concepts": concepts}
+    (folder / "politics.yaml").write_text(yaml.safe_dump({"domain": "politics", "subtopics": [subtopic]}))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -113,6 +162,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> W
             )
         )
     folder = tmp_path_factory.mktemp("workshop")
+    write_taxonomy(folder / "taxonomy")
     labelled, general = folder / "labelled.jsonl", folder / "general.jsonl"
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows()))
     words = [*POLITICS, *OTHERS, SECRET]
@@ -190,7 +240,7 @@ def test_a_second_run_with_the_cache_gives_the_same_bank(workshop: Workshop, tra
     reports: list[tuple[str, int, int, str]] = []
     workshop.train(tmp_path / "again", trained.work, lambda *report: reports.append(report))
     assert hashed(tmp_path / "again") == hashed(trained.out)
-    assert [done for stage, done, *_ in reports if stage == STAGES[2]] == [1]  # read back, not trained
+    assert [done for stage, done, *_ in reports if stage == STAGES[SAE_STAGE]] == [1]  # read back, not trained
 
 
 def test_interrupted_at_every_stage_it_gives_the_same_bank(
@@ -223,7 +273,9 @@ def test_interrupted_between_an_sae_and_its_figures_it_gives_the_same_sae(
     assert list((tmp_path / "work" / "saes").iterdir()) == []  # they are there together or not at all
     monkeypatch.undo()
     with pytest.raises(KeyboardInterrupt):
-        workshop.train(tmp_path / "bank", tmp_path / "work", lambda stage, *_: stop() if stage == STAGES[4] else None)
+        workshop.train(
+            tmp_path / "bank", tmp_path / "work", lambda stage, *_: stop() if stage == "sae " + HOOKS[1] else None
+        )
     weights = Path("saes") / HOOKS[0] / "sae_weights.safetensors"
     assert (tmp_path / "work" / weights).read_bytes() == (trained.work / weights).read_bytes()
 
@@ -262,8 +314,10 @@ def test_records_agree_with_heads_and_rows(trained: Trained) -> None:
     for feature in bank.features:
         assert feature.scores["auroc_politics_low"] <= feature.scores["auroc_politics"]
         assert 0.5 <= feature.scores["auroc_politics_null"] < 0.75
+        assert feature.admitted
+        assert not feature.refusals
         if feature.domains:
-            assert head.weights[head.features.index(feature.id)] > 0
+            assert head.weights[head.features.index(feature.id)] >= 0
             assert feature.scores["auroc_politics_low"] > 0.5
         assert list(feature.quantiles.values()) == sorted(feature.quantiles.values())
     ordered = [head.thresholds[rate] for rate in ("0.001", "0.01", "0.05")]
