@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -77,6 +77,23 @@ def taxonomy_texts(taxonomy: Taxonomy, *, languages: Sequence[str] = LANGUAGES) 
         if len(texts.pairs) == before:
             raise DataError(f"{domain}.yaml: no contrast pair in {', '.join(languages)}; nothing shows the domain")
     return texts
+
+
+def choose_pairs(
+    texts: ContrastTexts, *, languages: Sequence[str] = LANGUAGES, splits: Sequence[str] = ("train", "test")
+) -> ContrastTexts:
+    """The same documents with only the pairs of the given languages and sides of the taxonomy's split.
+
+    Raises DataError if a domain that had pairs is left without any.
+    """
+    pairs = [p for p in texts.pairs if p.lang in languages and p.split in splits]
+    for domain in dict.fromkeys(p.domain for p in texts.pairs):
+        if not any(p.domain == domain for p in pairs):
+            raise DataError(
+                f"{domain}.yaml: no contrast pair in {' or '.join(languages)} with split {' or '.join(splits)}; "
+                "nothing shows the domain"
+            )
+    return replace(texts, pairs=pairs)
 
 
 def _add(texts: ContrastTexts, domain: Domain, concept: Concept, languages: Sequence[str]) -> None:
@@ -152,10 +169,19 @@ def harvest_contrasts(
     )
 
 
-def firing(
+class Firing(NamedTuple):
+    """What an SAE does on documents."""
+
+    fired: BoolArray
+    """(n_documents, d_sae): whether each feature fires on any token of each document."""
+    l0: float
+    """Mean number of features that fire on a token."""
+
+
+def measure_firing(
     sae: SAE, activations: Float[Tensor, "tokens d_in"], documents: npt.NDArray[np.int64], n_documents: int
-) -> BoolArray:
-    """(n_documents, d_sae): whether each feature fires on any token of each document.
+) -> Firing:
+    """Which features fire on which documents, and on how many of a token.
 
     documents: (tokens,) the document of every row, in any order. A document without rows fires nothing. Besides the
     result, one byte an entry, at most 32 MB of feature activations are held.
@@ -169,8 +195,24 @@ def firing(
         )
     fired = np.zeros((n_documents, sae.d_sae), dtype=np.bool_)
     step = max(1, _CHUNK_VALUES // sae.d_sae)
+    active = 0
     for start in range(0, len(activations), step):
         acts = sae.encode(activations[start : start + step].to(sae.W_enc.device, torch.float32))
         rows, features = (index.cpu().numpy() for index in torch.nonzero(acts, as_tuple=True))
         fired[documents[start : start + step][rows], features] = True
-    return fired
+        active += len(rows)
+    return Firing(fired, active / max(len(activations), 1))
+
+
+def firing(
+    sae: SAE, activations: Float[Tensor, "tokens d_in"], documents: npt.NDArray[np.int64], n_documents: int
+) -> BoolArray:
+    """(n_documents, d_sae): whether each feature fires on any token of each document. See `measure_firing`."""
+    return measure_firing(sae, activations, documents, n_documents).fired
+
+
+def inlier_rows(cache: Harvest, hook_name: str) -> BoolArray:
+    """(tokens,) which rows are no attention sinks, on which no SAE was trained and thousands of features fire."""
+    kept = np.ones(cache.tokens, dtype=np.bool_)
+    kept[cache.outliers(hook_name)] = False
+    return kept

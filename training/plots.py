@@ -1,48 +1,35 @@
 """Plots of what SAEs are worth, for a written report. They need matplotlib, which the extra `train` installs.
 
-Figures are made and rendered without pyplot and without a window; matplotlib's settings are as they were afterwards.
-Colours are Okabe and Ito's, which colour-blind readers can tell apart, and each series has a marker of its own besides.
+`training.plot_style` says how they look.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from feature_bank.errors import MissingExtraError
+from training.plot_style import (
+    COLOURS,
+    add_legend,
+    new_figure,
+    plain_name,
+    plot_settings,
+    save_figure,
+    series_style,
+    set_text,
+)
 from training.quality import DENSITY_EDGES, DensityHistogram
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_LINES = 5  # more histograms than these are drawn as rows of a heat map
 _COLUMNS = 3
-_SETTINGS: Mapping[str, Any] = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.labelsize": 9,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "figure.dpi": 100,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "savefig.dpi": 160,
-    "svg.hashsalt": "sailguard",  # else ids in the file are random
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +47,8 @@ class Point:
 
 def save_tradeoff(points: Sequence[Point], label: str, stem: Path) -> None:
     """Plot a figure of merit against L0, a panel for each hook point, to `stem`.png and `stem`.svg."""
-    with _settings():
-        _save(_tradeoff(points, label), stem)
+    with plot_settings():
+        save_figure(_tradeoff(points, label), stem)
 
 
 def save_densities(histograms: Mapping[str, DensityHistogram], tokens: int | None, stem: Path) -> None:
@@ -69,62 +56,9 @@ def save_densities(histograms: Mapping[str, DensityHistogram], tokens: int | Non
 
     tokens: what each SAE was measured on, if that is the same for all.
     """
-    with _settings():
+    with plot_settings():
         draw = _density_lines if len(histograms) <= MAX_LINES else _density_rows
-        _save(draw(histograms, tokens), stem)
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise MissingExtraError("plots need matplotlib: pip install 'sailguard[train]'") from e
-    with matplotlib.rc_context():  # a user's own settings must not decide what a report looks like
-        matplotlib.rcdefaults()
-        settings: Any = matplotlib.rcParams
-        settings.update(_SETTINGS)
-        yield
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, stem: Path) -> None:
-    figure.savefig(stem.with_name(f"{stem.name}.png"), metadata={"Software": None})
-    figure.savefig(stem.with_name(f"{stem.name}.svg"), metadata={"Date": None, "Creator": None})
-
-
-def _style(index: int) -> dict[str, str]:
-    """Colour and marker of series `index`: 49 pairs, of which neighbours differ in both."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)],
-    }
-
-
-def _plain(text: str, length: int = 64) -> str:
-    """A name as the plots' font can show it; its end tells names apart best. The table has it in full."""
-    shown = "".join(c if " " <= c <= "~" else "?" for c in text)
-    return shown if len(shown) <= length else f"...{shown[3 - length :]}"
-
-
-def _set_text(text: Any, shown: str) -> None:
-    """Text as it stands: a dollar sign in a name begins no formula."""
-    text.set_parse_math(False)
-    text.set_text(shown)
-
-
-def _legend(owner: Any, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
-    legend = owner.legend(handles, [str(i) for i in range(len(names))], **options)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        _set_text(text, _plain(name))
+        save_figure(draw(histograms, tokens), stem)
 
 
 def _tradeoff(points: Sequence[Point], label: str) -> Figure:
@@ -135,7 +69,7 @@ def _tradeoff(points: Sequence[Point], label: str) -> Figure:
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     legend_lines = -(-(len(series) + 1) // (2 * columns))
-    figure = _figure(max(4.8, 3.2 * columns), 2.9 * rows + 0.22 * legend_lines + 0.1)
+    figure = new_figure(max(4.8, 3.2 * columns), 2.9 * rows + 0.22 * legend_lines + 0.1)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     handles: dict[str, Any] = {}
     for number, axes in enumerate(grid.flat):
@@ -158,9 +92,9 @@ def _tradeoff(points: Sequence[Point], label: str) -> Figure:
                     ms=6,
                     mec="white",
                     mew=0.6,
-                    **_style(index),
+                    **series_style(index),
                 )
-        _set_text(axes.set_title(" "), "\n".join(map(_plain, panels[number].splitlines())))
+        set_text(axes.set_title(" "), "\n".join(map(plain_name, panels[number].splitlines())))
         axes.set_xscale("log")
         axes.tick_params(labelbottom=number + columns >= len(panels))
         if number + columns >= len(panels):
@@ -176,7 +110,7 @@ def _tradeoff(points: Sequence[Point], label: str) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
     named = [name for name in (f"series {s}" for s in series) if name in handles]
     named += ["Pareto front"] if "Pareto front" in handles else []
-    _legend(
+    add_legend(
         figure,
         [handles[name] for name in named],
         [name.removeprefix("series ") for name in named],
@@ -201,7 +135,7 @@ def _shares(histogram: DensityHistogram) -> tuple[Any, float]:
 def _density_lines(histograms: Mapping[str, DensityHistogram], tokens: int | None) -> Figure:
     first = _range(histograms)
     edges = 10.0 ** np.array(DENSITY_EDGES[first:])
-    figure = _figure(6.4, 3.3 + (0.2 * len(histograms) if len(histograms) > 1 else 0))
+    figure = new_figure(6.4, 3.3 + (0.2 * len(histograms) if len(histograms) > 1 else 0))
     dead, alive = figure.subplots(1, 2, sharey=True, width_ratios=(1, 11))
     handles = []
     for index, histogram in enumerate(histograms.values()):
@@ -240,7 +174,7 @@ def _density_lines(histograms: Mapping[str, DensityHistogram], tokens: int | Non
             color="#555555",
         )
     if len(histograms) > 1:
-        _legend(figure, handles, list(histograms), loc="outside lower center", ncols=1)
+        add_legend(figure, handles, list(histograms), loc="outside lower center", ncols=1)
     return figure
 
 
@@ -251,14 +185,14 @@ def _density_rows(histograms: Mapping[str, DensityHistogram], tokens: int | None
     alive_shares = np.array([share[first:] for share, _ in shares])
     dead_shares = np.array([[never] for _, never in shares])
     height = min(40.0, 1.1 + 0.2 * len(histograms))
-    figure = _figure(8.4, height)
+    figure = new_figure(8.4, height)
     dead, alive = figure.subplots(1, 2, sharey=True, width_ratios=(1, 16))
     rows = np.arange(len(histograms) + 1) - 0.5
     scale = {"vmin": 0.0, "vmax": max(1.0, float(alive_shares.max()), float(dead_shares.max())), "cmap": "Blues"}
     dead.pcolormesh(np.array([-0.5, 0.5]), rows, dead_shares, **scale)
     mesh = alive.pcolormesh(edges, rows, alive_shares, **scale)
     dead.set_xticks([0], ["never"])
-    dead.set_yticks(range(len(histograms)), [_plain(name, 56) for name in histograms], parse_math=False)
+    dead.set_yticks(range(len(histograms)), [plain_name(name, 56) for name in histograms], parse_math=False)
     dead.invert_yaxis()
     alive.set_xscale("log")
     alive.set_xlabel("feature density: share of tokens on which a feature is active")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -12,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from feature_bank.errors import BankError, DataError, SailguardError
+from feature_bank.errors import DataError
 from service.commands.harvest import TextFormat
 from service.commands.options import DataOption, JsonOption, ModelOption
+from service.commands.sae_folders import note_other_models, read_sae, short_names, trained_as
 from service.commands.terminal import error_console, output_console, plain, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from feature_bank.formats.source import LoadedSAE
 
 __all__ = ["quality"]
 
@@ -90,7 +89,7 @@ def quality(
 
     if report is not None:
         check_report_folder(report)  # before minutes of work
-    sources = {name: _read(path) for name, path in zip(short_names(saes), saes, strict=True)}
+    sources = {name: read_sae(path) for name, path in zip(short_names(saes), saes, strict=True)}
     loaded = load_model(model)
     tokenizer: Any = loaded.tokenizer
     sequences, counts = read_texts(
@@ -100,7 +99,7 @@ def quality(
         max_tokens=max_tokens,
         total_tokens=total_tokens,
     )
-    _note_other_models(sources, loaded.model_id)
+    note_other_models({name: source.model_name for name, source in sources.items()}, loaded.model_id)
     with _progress() as on_batch:
         found = measure_quality(
             loaded.model,
@@ -115,7 +114,7 @@ def quality(
         "text": f"{counts.rows:,} rows of {', '.join(map(_file, data))}, at most {max_tokens} tokens each"
         f"{' in the chat template' if text_format is TextFormat.CHAT else ''}",
     }
-    entries = [ReportEntry(quality=figures, series=_architecture(sources[name])) for name, figures in found.items()]
+    entries = [ReportEntry(quality=figures, series=trained_as(sources[name])) for name, figures in found.items()]
     if report is not None:
         page = write_report(report, entries, title="Quality of sparse autoencoders", provenance=provenance)
         error_console().print(f"report: {page}", markup=False, soft_wrap=True)
@@ -125,53 +124,9 @@ def quality(
     _print([entry.quality.to_dict() for entry in entries])
 
 
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest tail of each path that tells it from the others, in `/`.
-
-    Raises SailguardError for a path that is given twice.
-    """
-    parts = [path.resolve().parts for path in paths]
-    if repeated := [str(path) for path, own in zip(paths, parts, strict=True) if parts.count(own) > 1]:
-        raise SailguardError(f"{repeated[0]}: named twice; name each SAE once")
-    names = []
-    for own in parts:
-        others = [other for other in parts if other != own]
-        length = next(n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
-        names.append(str(Path(*own[-length:])))
-    return names
-
-
-def _read(folder: Path) -> LoadedSAE:
-    from feature_bank.formats import detect, read_source
-
-    form = detect(folder)
-    if form != "saelens":
-        raise BankError(
-            f"is in the format {form}; `sailguard sae convert` makes a SAELens folder of it", file=str(folder)
-        )
-    return read_source(folder, format=form)
-
-
 def _file(path: Path) -> str:
     with path.open("rb") as file:
         return f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]})"
-
-
-def _architecture(source: LoadedSAE) -> str:
-    """What an SAE was trained as if its configuration says so, else the architecture that it is kept as."""
-    config = json.loads((source.weights.parent / "cfg.json").read_text(encoding="utf-8"))
-    trained: Any = config
-    for key in ("metadata", "training", "fingerprint", "config", "architecture"):
-        trained = trained.get(key) if isinstance(trained, dict) else None
-    return trained if isinstance(trained, str) else str(config.get("architecture", source.format))
-
-
-def _note_other_models(sources: dict[str, LoadedSAE], model_id: str) -> None:
-    """Say so on standard error if an SAE names another model: widths may agree by chance."""
-    for name, source in sources.items():
-        if source.model_name and source.model_name != model_id:
-            note = f"note: {name} says that it was trained on {source.model_name}; it is measured in {model_id}"
-            error_console().print(plain(note), markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from service.commands.options import ModelOption
+from service.commands.stages import StageReport
 from service.commands.terminal import output_console
-from service.commands.train_inputs import StageReport, check_target, data_files
+from service.commands.train_inputs import check_target, data_files
 
 __all__ = ["refit"]
 

@@ -1,4 +1,4 @@
-"""`train`: a feature bank of one's own; `train saes`: many SAEs at once; `train harvest`: the activations alone."""
+"""`train`: a feature bank of one's own; `train saes`, `harvest`, `select`: its parts alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from feature_bank.errors import DataError
 from service.commands.harvest import harvest
 from service.commands.options import JsonOption, ModelOption
 from service.commands.refit import refit
+from service.commands.select import select
+from service.commands.stages import StageReport
 from service.commands.terminal import output_console, plain, print_json
-from service.commands.train_inputs import DATA_FILES, DATA_FOLDER, StageReport, check_target, data_files, existing
+from service.commands.train_inputs import DATA_FILES, DATA_FOLDER, check_target, data_files, existing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,6 +54,7 @@ def build_app() -> typer.Typer:
     app.command()(saes)
     app.command()(refit)
     app.command()(harvest)
+    app.command()(select)
     return app
 
 
