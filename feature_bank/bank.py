@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors.numpy import load, save_file
 
 from feature_bank.atomic import atomic_folder
 from feature_bank.errors import BankError
+from feature_bank.journal import hold
 from feature_bank.schema import (
     SCHEMA_VERSION,
     FeatureRecord,
@@ -35,6 +38,7 @@ WEIGHTS = "weights.safetensors"
 HEADS = "heads.json"
 REVIEWS = "reviews.jsonl"  # append-only, therefore outside the hashes
 HASHED = (FEATURES, WEIGHTS, HEADS)
+CURRENT = "current"  # in a folder of versions: the link to the one in use; see `feature_bank.versions`
 SHIPPED = "smollm2-135m-instruct"
 _TENSORS = ("W_enc", "W_dec", "b_enc", "threshold")
 _SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')  # the last field of bank.json
@@ -45,6 +49,12 @@ R = TypeVar("R", bound=BaseModel)
 def shipped_bank_path(name: str = SHIPPED) -> Path:
     """The folder of a bank that comes with the package."""
     return Path(__file__).parent / "banks" / name
+
+
+def bank_folder(path: str | Path) -> Path:
+    """The folder of the bank at `path`: of a folder of versions, the current one."""
+    folder = Path(path)
+    return folder / CURRENT if not (folder / MANIFEST).exists() and (folder / CURRENT).is_symlink() else folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +96,13 @@ class Bank:
 
     @classmethod
     def load(cls, path: str | Path) -> Bank:
-        """Read and verify a bank folder.
+        """Read and verify a bank folder, or the current version in a folder of versions.
 
         Raises BankError naming the file and field for a missing or altered file, an unknown schema version, a
         malformed record, or records and weights that do not belong together.
         """
-        folder = Path(path)
+        # Links are followed once: the files are of one version, whatever becomes the current one meanwhile.
+        folder = Path(os.path.realpath(bank_folder(path)))
         raw = _read(folder / MANIFEST)
         data = _json(raw, MANIFEST)
         if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
@@ -180,11 +191,11 @@ def save_bank(
     heads: Heads,
     rows: Mapping[str, Rows],
 ) -> Bank:
-    """Write a bank atomically and read it back through the verifying reader.
+    """Write a bank atomically and read it back through the verifying reader. The reviews of one it replaces stay.
 
     manifest: the fields of `Manifest` without `schema_version`, `files` and `sha256`.
     """
-    with atomic_folder(folder) as tmp:
+    with _kept_reviews(folder) as reviews, atomic_folder(folder) as tmp:
         tensors: dict[str, npt.NDArray[Any]] = {}
         for hook_name, part in rows.items():
             # float16 halves the bank; its 11 bits are finer than the bfloat16 in which models are served
@@ -196,7 +207,7 @@ def save_bank(
         lines = "".join(f.model_dump_json(exclude_defaults=True) + "\n" for f in features)
         (tmp / FEATURES).write_text(lines, encoding="utf-8")
         (tmp / HEADS).write_text(heads.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        (tmp / REVIEWS).touch()
+        (tmp / REVIEWS).write_bytes(reviews)
         files = {name: hashlib.sha256((tmp / name).read_bytes()).hexdigest() for name in HASHED}
         complete = Manifest.model_validate(
             {**manifest, "schema_version": SCHEMA_VERSION, "files": files, "sha256": "0" * 64}
@@ -204,6 +215,16 @@ def save_bank(
         (tmp / MANIFEST).write_bytes(seal(complete.model_dump_json(indent=2).encode() + b"\n"))
         Bank.load(tmp)
     return Bank.load(folder)
+
+
+@contextmanager
+def _kept_reviews(folder: Path) -> Iterator[bytes]:
+    """The reviews of the bank that is being replaced. Who wants to add one waits until the new bank is there."""
+    if (folder / REVIEWS).exists():
+        with hold(folder / REVIEWS) as journal:
+            yield journal.raw()
+    else:
+        yield b""
 
 
 def _read(path: Path) -> bytes:

@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["BankOption", "DataOption", "JsonOption", "ModelOption", "PolicyOption", "RoleOption", "TextRole"]
+__all__ = [
+    "BankArgument",
+    "BankOption",
+    "DataOption",
+    "JsonOption",
+    "ModelOption",
+    "PolicyOption",
+    "RoleOption",
+    "TextRole",
+]
 
 
 class TextRole(StrEnum):
@@ -23,6 +32,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", metavar="FOLDER|HUB-ID", help="Model to load. Default: the embedded one."),
 ]
+BankArgument = Annotated[Path | None, typer.Argument(metavar="BANK", help="Bank folder. Default: the shipped one.")]
 BankOption = Annotated[
     Path | None, typer.Option("--bank", metavar="FOLDER", help="Feature bank. Default: the shipped one.")
 ]

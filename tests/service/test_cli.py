@@ -13,26 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from feature_bank import DOMAINS, Bank, shipped_bank_path
-from feature_bank.bank import MANIFEST
-from service.cli import build_app
+from feature_bank import DOMAINS, Bank
 from service.commands import serve as serve_command
 from service.commands.terminal import plain
+from tests.service import commands
+from tests.service.commands import Run, assert_one_line_error
 
 HOOK = "blocks.1.hook_resid_post"
-Run = Callable[..., Any]
 
 
 @pytest.fixture
 def run() -> Run:
-    """Run the command in this process; `result.stdout` and `result.stderr` are apart."""
-
-    def invoke(*args: object, stdin: str | bytes | None = None) -> Any:
-        return CliRunner().invoke(build_app(), [str(arg) for arg in args], input=stdin)
-
-    return invoke
+    return commands.run
 
 
 @pytest.fixture
@@ -67,15 +60,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines()]
 
 
-def assert_one_line_error(result: Any, *parts: str) -> None:
-    assert result.exit_code == 2
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("sailguard: ")
-    for part in parts:
-        assert part in lines[0]
-
-
 # ---- the program ---------------------------------------------------------------------------------
 
 
@@ -103,6 +87,8 @@ def test_the_program_starts_without_any_heavy_package() -> None:
         "bank info",
         "bank list",
         "bank show",
+        "bank search",
+        "bank review",
         "bank verify",
     ],
 )
@@ -121,7 +107,7 @@ def test_ctrl_c_ends_with_130_and_a_short_line(run: Run, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("service.commands.bank._load", interrupted)
+    monkeypatch.setattr("service.commands.bank.read_labelled", interrupted)
     result = run("bank", "info")
     assert (result.exit_code, result.stderr) == (130, "sailguard: interrupted\n")
 
@@ -324,57 +310,6 @@ def test_a_chat_that_outgrows_the_context_goes_on_after_clear(run: Run, model: P
     assert result.exit_code == 0
     assert "/clear" in result.stderr
     assert len(result.stdout.splitlines()) == 1
-
-
-# ---- bank ----------------------------------------------------------------------------------------
-
-
-def test_a_bank_is_summarised_listed_and_shown(run: Run, bank: Path) -> None:
-    assert "tiny@1+" in run("bank", "info", bank).stdout
-    info = json.loads(run("bank", "info", bank, "--json").stdout)
-    assert (info["features"], info["content_hash"]) == (2, Bank.load(bank).content_hash)
-    listed = json.loads(run("bank", "list", bank, "--json").stdout)
-    assert [feature["id"] for feature in listed] == ["L1/1", "L1/0"]  # by auroc
-    assert len(json.loads(run("bank", "list", bank, "--limit", 1, "--json").stdout)) == 1
-    only = json.loads(run("bank", "list", bank, "--domain", "politics", "--layer", 1, "--json").stdout)
-    assert [feature["id"] for feature in only] == ["L1/0"]
-    assert "always on" in run("bank", "list", bank).stdout
-    assert "always on" in run("bank", "show", "L1/1", bank).stdout
-    assert json.loads(run("bank", "show", "L1/1", bank, "--json").stdout)["id"] == "L1/1"
-
-
-def test_an_explanation_is_printed_as_it_is(run: Run, tmp_path: Path, write_bank: Callable[..., Path]) -> None:
-    folder = write_bank(tmp_path / "odd", explanation="[bold]x[/nothing] \x1b[2J")
-    for arguments in (("list", folder), ("show", "L1/1", folder)):
-        result = run("bank", *arguments)
-        assert result.exit_code == 0
-        assert "[bold]x[/nothing] \ufffd[2J" in result.stdout
-
-
-def test_verify_finds_an_altered_file(run: Run, bank: Path) -> None:
-    assert run("bank", "verify", bank).exit_code == 0
-    with (bank / "features.jsonl").open("a") as file:
-        file.write("\n")
-    assert_one_line_error(run("bank", "verify", bank), "features.jsonl", "sha256")
-
-
-def test_verify_with_a_model_checks_identity_and_canary(
-    run: Run, tmp_path: Path, bank: Path, model: Path, write_bank: Callable[..., Path]
-) -> None:
-    result = run("bank", "verify", bank, "--model", model, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["verified"] == ["schema", "hashes", "identity", "canary"]
-    other = write_bank(tmp_path / "a", canary=2.0)
-    assert_one_line_error(run("bank", "verify", other, "--model", model), "canary")
-    other = write_bank(tmp_path / "b", identity={"tokenizer_hash": "0" * 64})
-    assert_one_line_error(run("bank", "verify", other, "--model", model), "tokenizer_hash")
-
-
-def test_the_shipped_bank_is_whole(run: Run) -> None:
-    if not (shipped_bank_path() / MANIFEST).exists():
-        pytest.skip("the shipped bank is not in this checkout")
-    assert run("bank", "verify").exit_code == 0
-    assert set(json.loads(run("bank", "info", "--json").stdout)["features_by_head"]) == set(DOMAINS)
 
 
 # ---- train ---------------------------------------------------------------------------------------
