@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from feature_bank.errors import BankError
-from feature_bank.interop.collection import Collection, ImportedExplanation, ImportedFeature, Loss, SourceFile
+from feature_bank.interop.collection import Collection
+from feature_bank.interop.records import ImportedExplanation, ImportedFeature, Loss, SourceFile
 from feature_bank.taxonomy import DOMAINS, Domain
 
 __all__ = ["MASK", "MODEL", "SCORE", "read_safe_sail"]
