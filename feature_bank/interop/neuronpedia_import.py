@@ -257,7 +257,7 @@ def _digest(path: Path, folder: Path) -> SourceFile:
 def _renamed(activation: Any) -> dict[str, Any]:
     """An activation of SAEDashboard under the names of the export."""
     names = {"bin_min": "binMin", "bin_max": "binMax", "bin_contains": "binContains"}
-    found = activation if isinstance(activation, dict) else {}
+    found: dict[str, Any] = activation if isinstance(activation, dict) else {}
     return {"index": 0, **{names.get(name, name): value for name, value in found.items()}}
 
 
