@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from feature_bank.schema import Duplicate, Pooling
+from feature_bank.taxonomy import Taxonomy
 from training.activations import encode_tokens
 from training.contrast import ContrastTexts
 from training.corpus import Document
@@ -24,8 +25,9 @@ _CHUNK = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class Contrasts:
-    """The taxonomy's texts and their activations."""
+    """A taxonomy, its texts, and their activations."""
 
+    taxonomy: Taxonomy
     texts: ContrastTexts
     cache: Harvest
 

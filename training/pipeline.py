@@ -154,13 +154,18 @@ def prepare(
         fingerprint=fingerprint,
         on_shard=lambda done, total, tokens: report("harvest", done, total, f"{tokens:,} tokens"),
     )
-    texts = taxonomy_texts(load_taxonomy(preset.taxonomy))
+    taxonomy = load_taxonomy(preset.taxonomy)
+    texts = taxonomy_texts(taxonomy)
     pairs = harvest_contrasts(
         model, tokenizer, texts, preset.hook_points, work / "contrasts", fingerprint=fingerprint, report=report
     )
     hooks = _train_hooks(cache, identity, preset, work, report)
     return Prepared(
-        documents=documents, records=records, cache=cache, hooks=hooks, contrasts=Contrasts(texts=texts, cache=pairs)
+        documents=documents,
+        records=records,
+        cache=cache,
+        hooks=hooks,
+        contrasts=Contrasts(taxonomy=taxonomy, texts=texts, cache=pairs),
     )
 
 

@@ -20,8 +20,11 @@ from training.concepts import concept_scores
 from training.corpus import OWN_SOURCE, Document
 from training.detection import detected, detection_scores
 from training.excerpts import excerpts
+from training.explain.executable import explain_features
+from training.explain.segmented import segment_text
 from training.harvest import Harvest
 from training.selected import FeatureKey, Selection, TrainedHook, feature_id
+from training.simulation.fidelity import score_features
 
 Report = Callable[[str, int, int, str], None]
 BINS = 20
@@ -59,6 +62,11 @@ def describe(
     promoted = _promoted(model, hooks, keys, showable)
     causality, judge = _causality(keys, hooks, domains, on_pairs, contrasts, model, tokenizer, report)
 
+    text = segment_text(cache.token_ids, cache.documents, documents, tokenizer.decode)
+    explained = explain_features(acts, keys, text, contrasts.taxonomy, tokenizer, seed=seed, report=report)
+    predicates = [e.explanation.predicate for e in explained if e.explanation.predicate is not None]
+    fidelity = score_features(acts, keys, predicates, text, contrasts.taxonomy, seed=seed, report=report)
+
     own = np.flatnonzero([documents[d].source == OWN_SOURCE and documents[d].split != "test" for d in cache.documents])
     own_ids, own_documents = cache.token_ids[own], cache.documents[own]
     saes = {hook.sae.hook_name: hook.sae for hook in hooks}
@@ -73,7 +81,14 @@ def describe(
             layer=parse_hook_name(name).layer,
             index=index,
             domains=domains[i],
-            explanation="",
+            explanation=explained[i].explanation.text,
+            explainer=explained[i].explanation.explainer,
+            predicate=explained[i].explanation.predicate,
+            kind=explained[i].kind,
+            lexicality=explained[i].lexicality,
+            trigger_tokens=explained[i].trigger_tokens,
+            ngrams=explained[i].ngrams,
+            fidelity=fidelity[i],
             concepts=[f"{c.domain}/{c.concept}" for c in concepts[i] if c.domain in domains[i]],
             promoted_tokens=promoted[i],
             scores=scores[i],

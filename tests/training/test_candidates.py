@@ -35,7 +35,7 @@ def test_encoded_in_the_banks_order_whatever_order_was_asked(tmp_path: Path) -> 
 def test_what_fires_on_a_text_is_what_its_tokens_say(tmp_path: Path) -> None:
     cache = toy_harvest(tmp_path / "cache", hook_names=(HOOK,))
     documents: list[Document] = [document(f"text {i}") for i in range(int(cache.documents.max()) + 3)]
-    contrasts = Contrasts(texts=ContrastTexts(documents=documents, pairs=[], hard=[]), cache=cache)
+    contrasts = Contrasts(taxonomy={}, texts=ContrastTexts(documents=documents, pairs=[], hard=[]), cache=cache)
     keys = [(HOOK, i) for i in range(24)]
     scales = {HOOK: np.ones(24, dtype=np.float32)}
     found = on_contrasts([hook()], keys, contrasts, scales, POOLING)
