@@ -23,14 +23,19 @@ MIN_DOCUMENTS = 5
 FALSE_DISCOVERY_RATE = 0.01
 
 
+def spans_of(text: str) -> list[tuple[str, int]]:
+    """Words and word pairs, lower-cased, and of Chinese text pairs of characters; each with where it ends."""
+    words = [(match[0].lower(), match.end()) for match in _WORD.finditer(text)]
+    pairs = [
+        (a + b if "\u3400" <= a[0] <= "\u9fff" and "\u3400" <= b[0] <= "\u9fff" else f"{a} {b}", end)
+        for (a, _), (b, end) in pairwise(words)
+    ]
+    return [(word, end) for word, end in words if len(word) > 1] + pairs
+
+
 def terms_of(text: str) -> list[str]:
     """Words and word pairs, lower-cased; of Chinese text, pairs of characters."""
-    words = [w.lower() for w in _WORD.findall(text)]
-    pairs = [
-        a + b if "\u3400" <= a[0] <= "\u9fff" and "\u3400" <= b[0] <= "\u9fff" else f"{a} {b}"
-        for a, b in pairwise(words)
-    ]
-    return [w for w in words if len(w) > 1] + pairs
+    return [term for term, _ in spans_of(text)]
 
 
 class TermTable:
