@@ -1,4 +1,4 @@
-"""Answers of a language model, read strictly: one JSON object, or nothing at all."""
+"""Text that goes to a language model as data, and its answers, read strictly: one JSON object, or nothing at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _FENCED = re.compile(r"\A```[A-Za-z]*[ \t]*\n(.*)\n[ \t]*```\Z", re.DOTALL)
 # What could drive a terminal, reorder what is shown or not be encoded at all; line breaks become spaces before.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
+
+# Line breaks that JSON leaves as they are.
+_BREAKS = re.compile("[\x7f\x85\u2028\u2029]")
+
+
+def quote_line(text: str) -> str:
+    """A JSON string that stays on one line, whatever stands in it."""
+    return _BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def read_object(text: str) -> dict[str, Any] | None:
