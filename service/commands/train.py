@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from feature_bank.errors import DataError, SailguardError
+from service.commands.explain import explain
 from service.commands.harvest import harvest
 from service.commands.options import JsonOption, ModelOption
-from service.commands.terminal import error_console, output_console, plain, print_json
+from service.commands.progress import StageReport
+from service.commands.terminal import output_console, plain, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +25,6 @@ __all__ = ["build_app"]
 
 DATA_FOLDER = "SAILGUARD_DATA"
 DATA_FILES = ("fit.jsonl.gz", "general.jsonl.gz")
-LINE_SECONDS = 30.0
 BANK = "bank"
 
 MoreArgument = Annotated[
@@ -54,6 +54,7 @@ def build_app() -> typer.Typer:
     app.command(BANK)(train_bank)
     app.command()(saes)
     app.command()(harvest)
+    app.command()(explain)
     return app
 
 
@@ -91,7 +92,7 @@ def train_bank(
 
     settings = pipeline.load_preset(preset)
     loaded = load_model(model)
-    with _StageReport() as report:
+    with StageReport() as report:
         bank = pipeline.train_bank(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
@@ -131,7 +132,7 @@ def saes(
     from training.sweep import load_sweep, rows, train_cached, train_sweep
 
     sweep = load_sweep(config)
-    with _StageReport() as report:
+    with StageReport() as report:
         if cache is not None:
             from training.cache import open_harvest
 
@@ -185,48 +186,6 @@ def _table(trained: list[TrainedSae]) -> Table:
             f"{figures['tokens_per_second']:,.0f}",
         )
     return table
-
-
-class _StageReport:
-    """Progress of the stages on standard error: bars on a terminal, else a line now and then."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-        )
-        self._console = error_console()
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._tasks: dict[str, TaskID] = {}
-        self._said: dict[str, str] = {}
-        self._started = time.monotonic()
-        self._last = self._started
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
-        detail = plain(detail)
-        if self._console.is_terminal:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._progress.add_task(stage, total=total, detail=detail)
-            self._progress.update(self._tasks[stage], completed=done, total=total, detail=detail)
-            return
-        now = time.monotonic()
-        ended = done >= total
-        if self._said.get(stage) == detail or (not ended and now - self._last < LINE_SECONDS):
-            return
-        self._said[stage], self._last = detail, now
-        share = "" if ended else f" {done}/{total}"
-        self._console.print(f"{now - self._started:7.0f} s  {stage}{share}: {detail}", markup=False, soft_wrap=True)
 
 
 def _default_data() -> list[Path]:

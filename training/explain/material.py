@@ -6,6 +6,7 @@ It quotes text of the corpus, so it belongs in the work folder and never in a ba
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from feature_bank.atomic import atomic_file
 from feature_bank.errors import DataError
-from training.explain.interface import FeatureEvidence
+from training.explain.interface import Excerpt, FeatureEvidence
 from training.simulation.llm import SegmentText
 
 MATERIAL_FILE = "explanation-material.jsonl.gz"
@@ -48,9 +49,10 @@ def load_material(path: Path, ids: Collection[str] | None = None) -> dict[str, M
     number = 0
     try:
         with gzip.open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for line in lines:
+                number += 1
                 feature = _MATERIAL.validate_json(line)
-                _check_alignment(feature)
+                _check(feature)
                 if ids is None or feature.evidence.id in ids:
                     found[feature.evidence.id] = feature
     except FileNotFoundError:
@@ -65,7 +67,10 @@ def load_material(path: Path, ids: Collection[str] | None = None) -> dict[str, M
     return found
 
 
-def _check_alignment(feature: Material) -> None:
-    for shown in (*feature.evidence.positives, *feature.evidence.negatives, *feature.segments):
-        if len(shown.tokens) != len(shown.activations):
+def _check(feature: Material) -> None:
+    shown: list[Excerpt | SegmentText] = [*feature.evidence.positives, *feature.evidence.negatives, *feature.segments]
+    for piece in shown:
+        if len(piece.tokens) != len(piece.activations):
             raise ValueError("tokens and activations must have one entry a token")
+        if not all(map(math.isfinite, piece.activations)):
+            raise ValueError("activations must be finite")
