@@ -7,6 +7,7 @@ request; the marks around active tokens cannot occur in the text itself.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import islice
 
@@ -32,6 +33,7 @@ _AGAIN = (
     f"Your last answer could not be read. {_ANSWER}, with one sentence of at most {MAX_EXPLANATION_CHARS} characters."
 )
 _OPEN, _CLOSE = "\ue000", "\ue001"
+_DOUBLE = re.compile(f"([<{_OPEN}](?=[<{_OPEN}])|[>{_CLOSE}](?=[>{_CLOSE}]))")
 _REASONS = {
     "same_domain": "same subject",
     "lookalike": "looks alike",
@@ -97,19 +99,24 @@ def _active(excerpt: Excerpt) -> str:
         opens = _OPEN if value and (i == 0 or not strengths[i - 1]) else ""
         closes = _CLOSE if value and (i + 1 == len(strengths) or not strengths[i + 1]) else ""
         pieces.append(f"{opens}{token}{closes}")
-    marked = "".join(pieces).replace("<<", "< <").replace(">>", "> >").replace(_OPEN, "<<").replace(_CLOSE, ">>")
+    marked = _apart("".join(pieces)).replace(_OPEN, "<<").replace(_CLOSE, ">>")
     values = [f"{quote_line(token)} {value}" for token, value in zip(excerpt.tokens, strengths, strict=True) if value]
     return f"{quote_line(marked)} {', '.join(values)}"
 
 
 def _other(excerpt: Excerpt) -> str:
-    text = "".join(_plain(excerpt.tokens)).replace("<<", "< <").replace(">>", "> >")
+    text = _apart("".join(_plain(excerpt.tokens)))
     return f"{quote_line(text)} ({_REASONS[excerpt.reason]})"
 
 
 def _plain(tokens: tuple[str, ...]) -> list[str]:
     """The tokens without the two signs that stand for marks."""
     return [token.replace(_OPEN, "").replace(_CLOSE, "") for token in tokens]
+
+
+def _apart(text: str) -> str:
+    """The text with a blank wherever its own angle brackets would look like a mark, or merge with one."""
+    return _DOUBLE.sub(r"\1 ", text)
 
 
 def _listed(words: tuple[str, ...]) -> str:
