@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,11 +114,13 @@ def _chosen(features: str | None, ids: list[str]) -> list[str]:
     """The ids that `--features` names, in the bank's order or in its own."""
     if features is None:
         return ids
-    if features.isascii() and features.isdigit():
+    if re.fullmatch("[1-9][0-9]{0,8}", features):
         return ids[: int(features)]
     wanted = list(dict.fromkeys(part.strip() for part in features.split(",") if part.strip()))
     if unknown := [id_ for id_ in wanted if id_ not in set(ids)]:
         raise SailguardError(f"--features: the bank has no feature {plain(unknown[0])!r}")
+    if not wanted:
+        raise SailguardError("--features: give a number above 0, or ids separated by commas")
     return wanted
 
 
