@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from feature_bank.errors import DataError
+from service.commands.explain import explain
 from service.commands.harvest import harvest
 from service.commands.options import JsonOption, ModelOption
 from service.commands.refit import refit
@@ -55,6 +56,7 @@ def build_app() -> typer.Typer:
     app.command()(refit)
     app.command()(harvest)
     app.command()(select)
+    app.command()(explain)
     return app
 
 
