@@ -178,7 +178,7 @@ class ConceptScore(Record):
     reverse: Probability
     """Share of the pairs where it is the other way round."""
     q: Probability
-    """The sign test's p-value, adjusted for all features and concepts (Benjamini-Hochberg)."""
+    """The test's p-value, adjusted for all features and concepts (Benjamini-Hochberg)."""
 
 
 class Causality(Record):
@@ -220,7 +220,7 @@ class FeatureRecord(Record):
     """The tokens whose logits the decoder row raises most (logit lens)."""
     scores: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Detection, per domain: `auroc_<domain>`, its 95 % interval `..._low`, `..._high`, and `..._null` (labels
-    shuffled); `selectivity_<domain>`: the AUROC against texts of other domains alone; `tpr_<domain>` and
+    shuffled); `selectivity_<domain>` and `..._low`: the AUROC against texts of other domains alone; `tpr_<domain>` and
     `lookalike_fpr_<domain>`: the share of the domain's texts, and of texts that only look like it, that lie above the
     value which one in twenty of the other texts exceeds."""
     fidelity: list[SimulationScore] = Field(default_factory=list)

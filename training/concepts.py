@@ -1,4 +1,4 @@
-"""Which concepts a feature tells apart: sign tests on contrast pairs, held against the number of tests."""
+"""Which concepts a feature tells apart: tests on contrast pairs, held against the number of tests."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def concept_scores(
 ) -> list[list[ConceptScore]]:
     """Per feature, the concepts whose pairs it tells apart more often one way than the other, the surest first.
 
-    fired: (texts, F), as `training.contrast.firing` gives it. Of a concept's pairs, a feature that has nothing to do
-    with it fires on one side alone as often this way as that; the sign test asks how likely the observed surplus is
-    then, and Benjamini and Hochberg's procedure over all features and concepts keeps the expected share of false
-    discoveries at 5 %. `frequency` is the distinguishing frequency f_j of the selection metric.
+    fired: (texts, F), as `training.contrast.firing` gives it. Where the concept makes no difference, a feature fires on
+    the text with it alone as often as on its twin alone. How often it does the latter is known from the pairs of all
+    concepts; that rate, or the concept's own if it is higher, is the binomial test's, for a concept has too few pairs
+    for a sign test of its own. Benjamini and Hochberg's procedure over all features and concepts keeps the expected
+    share of false discoveries at 5 %. `frequency` is the distinguishing frequency f_j of the selection metric.
     """
     from scipy.stats import binom
 
@@ -41,8 +42,10 @@ def concept_scores(
         off = fired[[p.negative for p in members]]
         forward[row] = (on & ~off).sum(0)
         reverse[row] = (off & ~on).sum(0)
-    p = binom.sf(forward - 1, forward + reverse, 0.5)
-    q = adjusted(np.where(forward + reverse > 0, p, 1.0))
+    n = np.array([len(members) for members in places.values()])[:, None]
+    everywhere = (reverse.sum(0) + 1) / (n.sum() + 2)
+    p = binom.sf(forward - 1, n, np.maximum(everywhere, reverse / n))
+    q = adjusted(p)
     found: list[list[ConceptScore]] = []
     for feature in range(n_features):
         kept = np.flatnonzero(q[:, feature] <= SIGNIFICANCE)
@@ -52,9 +55,9 @@ def concept_scores(
                 ConceptScore(
                     domain=names[row][0],
                     concept=names[row][1],
-                    pairs=(n := len(places[names[row]])),
-                    frequency=round(float(forward[row, feature]) / n, 4),
-                    reverse=round(float(reverse[row, feature]) / n, 4),
+                    pairs=int(n[row, 0]),
+                    frequency=round(float(forward[row, feature] / n[row, 0]), 4),
+                    reverse=round(float(reverse[row, feature] / n[row, 0]), 4),
                     q=float(f"{q[row, feature]:.3g}"),
                 )
                 for row in order.tolist()

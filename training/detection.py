@@ -10,7 +10,7 @@ import numpy.typing as npt
 from feature_bank.taxonomy import DOMAINS
 from training.contrast import ContrastTexts
 from training.corpus import OWN_SOURCE, Document
-from training.discovery import adjusted, auroc, auroc_interval, auroc_p, labels
+from training.discovery import adjusted, auroc, auroc_interval, auroc_p, labels, spread
 
 FloatArray = npt.NDArray[np.float32]
 SPLITS = ("discovery", "calibration")
@@ -48,7 +48,8 @@ def detection_scores(
         tpr, fpr = (values[y] > cut).mean(0), (lookalikes > cut).mean(0)
         elsewhere = np.array([bool(documents[row].domains - {domain}) for row in rows])
         rivals = y | elsewhere
-        selectivity = auroc(values[rivals], y[rivals])
+        only = y[rivals]
+        selectivity = auroc(values[rivals], only)
         for feature, scores in enumerate(found):
             interval = auroc_interval(values[:, feature], y, seed=seed)
             for suffix, value in zip(("", "_low", "_high", "_null"), interval, strict=True):
@@ -57,13 +58,15 @@ def detection_scores(
             if len(lookalikes):
                 scores[f"lookalike_fpr_{domain}"] = round(float(fpr[feature]), 4)
             if np.isfinite(selectivity[feature]):
+                margin = 1.96 * spread(float(selectivity[feature]), int(only.sum()), int((~only).sum()))
                 scores[f"selectivity_{domain}"] = round(float(selectivity[feature]), 4)
+                scores[f"selectivity_{domain}_low"] = round(float(selectivity[feature]) - margin, 4)
     return found
 
 
 def detected(scores: Sequence[Mapping[str, float]], documents: Sequence[Document]) -> list[list[str]]:
     """Per feature, the domains that it detects: AUROC significant at a false discovery rate of 1 % over all features
-    and domains, and its interval above the null's."""
+    and domains, its interval above the null's, and the interval of its AUROC against other domains above a half."""
     names = [domain for domain in DOMAINS if scores and f"auroc_{domain}" in scores[0]]
     if not names:
         return [[] for _ in scores]
@@ -79,7 +82,9 @@ def detected(scores: Sequence[Mapping[str, float]], documents: Sequence[Document
         [
             domain
             for column, domain in enumerate(names)
-            if keep[row, column] and s[f"auroc_{domain}_low"] > max(0.5, s[f"auroc_{domain}_null"])
+            if keep[row, column]
+            and s[f"auroc_{domain}_low"] > max(0.5, s[f"auroc_{domain}_null"])
+            and s.get(f"selectivity_{domain}_low", 1.0) > 0.5
         ]
         for row, s in enumerate(scores)
     ]

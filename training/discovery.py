@@ -55,15 +55,20 @@ class Interval(NamedTuple):
     null: float
 
 
-def auroc_interval(scores: npt.NDArray[np.floating], y: npt.NDArray[np.bool_], *, seed: int) -> Interval:
-    """Hanley-McNeil (1982) interval; null from 100 permutations."""
-    value = float(auroc(scores, y)[0])
-    positives, negatives = int(y.sum()), int((~y).sum())
+def spread(value: float, positives: int, negatives: int) -> float:
+    """Standard error of an AUROC (Hanley and McNeil, 1982)."""
     q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
     variance = (value * (1 - value) + (positives - 1) * (q1 - value**2) + (negatives - 1) * (q2 - value**2)) / (
         positives * negatives
     )
-    margin = 1.96 * max(variance, 0.0) ** 0.5
+    return max(variance, 0.0) ** 0.5
+
+
+def auroc_interval(scores: npt.NDArray[np.floating], y: npt.NDArray[np.bool_], *, seed: int) -> Interval:
+    """Interval by `spread`; null from 100 permutations."""
+    value = float(auroc(scores, y)[0])
+    positives, negatives = int(y.sum()), int((~y).sum())
+    margin = 1.96 * spread(value, positives, negatives)
     ranks = rankdata(scores)
     rng = np.random.default_rng(seed)
     shuffled = [
@@ -88,8 +93,8 @@ def auroc_p(values: FloatArray, y: npt.NDArray[np.bool_]) -> npt.NDArray[np.floa
     from scipy.stats import norm
 
     positives, negatives = int(y.sum()), int((~y).sum())
-    spread = ((positives + negatives + 1) / (12 * positives * negatives)) ** 0.5
-    p: npt.NDArray[np.float64] = norm.sf((values.astype(np.float64) - 0.5) / spread)
+    error = ((positives + negatives + 1) / (12 * positives * negatives)) ** 0.5
+    p: npt.NDArray[np.float64] = norm.sf((values.astype(np.float64) - 0.5) / error)
     return p
 
 

@@ -22,6 +22,9 @@ from training.calibration import calibrate, document_scores, probability, thresh
 from training.candidates import choose, encode, on_contrasts
 from training.corpus import Document
 from training.discovery import auroc_interval, labels
+from training.explain.material import MATERIAL_FILE
+from training.explain.segmented import segment_text
+from training.gathering import gather_material
 from training.harvest import Harvest
 from training.heads import (
     FittedHead,
@@ -71,12 +74,14 @@ def build_bank(
     )
     candidates = encode(hooks, keys, cache, scales)
     report("candidates", 1, 1, f"{len(keys):,} features to describe")
+    text = segment_text(cache.token_ids, cache.documents, documents, tokenizer.decode)
     records, judge = describe(
         candidates,
         hooks,
         stats,
         documents,
         cache,
+        text,
         pooled,
         prepared.contrasts,
         on_contrasts(hooks, candidates.keys, prepared.contrasts, scales, preset.pooling),
@@ -92,6 +97,18 @@ def build_bank(
 
     fit = fit_guard(pooled, documents, candidates, cache, scales, admitted, preset, report)
     features = guard_records([by_key[key] for key in fit.selection.keys], fit.heads, fit.selection)
+    gather_material(
+        work / MATERIAL_FILE,
+        fit.selection,
+        features,
+        text,
+        hooks,
+        prepared.contrasts,
+        scales,
+        tokenizer,
+        seed=preset.seed,
+    )
+    report("material", 1, 1, f"{len(features):,} features for `sailguard train explain`")
     rows, hook_records = cut_rows(hooks, fit.selection, cache)
     bank = save_bank(
         out,

@@ -21,7 +21,7 @@ from training.corpus import OWN_SOURCE, Document
 from training.detection import detected, detection_scores
 from training.excerpts import excerpts
 from training.explain.executable import explain_features
-from training.explain.segmented import segment_text
+from training.explain.segmented import SegmentedText
 from training.harvest import Harvest
 from training.selected import FeatureKey, Selection, TrainedHook, feature_id
 from training.simulation.fidelity import score_features
@@ -36,6 +36,7 @@ def describe(
     stats: Mapping[str, FeatureStats],
     documents: Sequence[Document],
     cache: Harvest,
+    text: SegmentedText,
     pooled: Mapping[str, npt.NDArray[np.float16]],
     contrasts: Contrasts,
     on_pairs: ContrastActs,
@@ -62,7 +63,6 @@ def describe(
     promoted = _promoted(model, hooks, keys, showable)
     causality, judge = _causality(keys, hooks, domains, on_pairs, contrasts, model, tokenizer, report)
 
-    text = segment_text(cache.token_ids, cache.documents, documents, tokenizer.decode)
     explained = explain_features(acts, keys, text, contrasts.taxonomy, tokenizer, seed=seed, report=report)
     predicates = [e.explanation.predicate for e in explained if e.explanation.predicate is not None]
     fidelity = score_features(acts, keys, predicates, text, contrasts.taxonomy, seed=seed, report=report)

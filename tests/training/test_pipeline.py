@@ -55,6 +55,7 @@ STAGES = (
     "admit",
     "heads",
     "select",
+    "material",
     "pack",
 )
 SAE_STAGE = STAGES.index(f"sae {HOOKS[0]}")
