@@ -6,6 +6,7 @@ is written in a script without spaces between words, is looked up anywhere in th
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
 import unicodedata
@@ -121,7 +122,7 @@ class Hit:
 
     feature: FeatureRecord
     relevance: float
-    """Sum over the terms of bm25, negated: higher is better. Comparable within one search only."""
+    """Sum over the terms of bm25, its sign turned: higher is better. Comparable within one search only."""
     fields: tuple[str, ...]
     """Where the terms stand: id, explanation, concepts, terms, promotes, evidence."""
 
@@ -157,9 +158,19 @@ class SearchIndex:
         found = {} if _UNSPACED.search(term) else self._match("words", f"{_quoted(term)}*")
         if not found and len(term) >= _TRIGRAM:
             found = self._match("pieces", _quoted(term))
-        elif not found:  # too short for trigrams
-            found = {row: 0.0 for row, texts in enumerate(self._texts) if any(term in text for text in texts)}
+        elif not found:
+            found = self._contain(term)
         return found
+
+    def _contain(self, term: str) -> dict[int, float]:
+        """What `_match` gives, for a term that is too short for trigrams: rarity times the weights of its fields."""
+        weights = {
+            row: sum(weight for weight, text in zip(_WEIGHTS.values(), texts, strict=True) if term in text)
+            for row, texts in enumerate(self._texts)
+        }
+        found = {row: weight for row, weight in weights.items() if weight}
+        rarity = max(math.log((len(self._texts) - len(found) + 0.5) / (len(found) + 0.5)), 1e-6)
+        return {row: weight * rarity for row, weight in found.items()}
 
     def _match(self, table: str, expression: str) -> dict[int, float]:
         self._fill(table)

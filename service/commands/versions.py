@@ -55,7 +55,7 @@ def list_versions(store: StoreOption, as_json: JsonOption = False) -> None:
             {
                 "version": stored.version,
                 "current": stored.current,
-                "since": stored.since,
+                "since": stored.since and f"{stored.since[:19]}Z",
                 "created": manifest and manifest.created,
                 "parent": manifest and manifest.parent,
                 "features": stored.bank and len(stored.bank.features),
@@ -71,7 +71,7 @@ def list_versions(store: StoreOption, as_json: JsonOption = False) -> None:
 
         table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("", "version", "since", "created", "parent"):
-            table.add_column(name)
+            table.add_column(name, overflow="fold")  # a name that is cut short could not be asked for
         for name in ("features", "reviews"):
             table.add_column(name, justify="right")
         for row in rows:

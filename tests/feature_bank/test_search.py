@@ -23,6 +23,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "L1/3": {"explanation": "Fires on “vote”, “ballot” in text on an election", "concepts": [CONCEPT]},
     "L1/10": {
         "explanation": "devoted fans; CAFÉ",
+        "promoted_tokens": ["投票"],
         "evidence": [Evidence(text="every vote in the election counts", peak="vote", activation=1.0)],
         "scores": {"auroc_politics": 0.9, "tpr_politics": 0.4},
     },
@@ -73,7 +74,7 @@ def ids(index: SearchIndex, query: str) -> list[str]:
         ("cafe", ["L1/10"]),
         ("ｃａｆｅ", ["L1/10"]),  # full width
         ("选举", ["L1/17"]),
-        ("投", ["L1/17"]),
+        ("投票", ["L1/17", "L1/10"]),  # the explanation counts more, in terms too short for trigrams too
         ("民代表", ["L1/17"]),
         ("选举 人民代表", ["L1/17"]),
         ('"prime minister"', ["L1/24"]),

@@ -123,6 +123,21 @@ def write_bank(tiny_model: Any, tiny_tokenizer: Any) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def bank(tmp_path: Path, write_bank: Callable[..., Path]) -> Path:
+    """A bank for the tiny model, as `write_bank` makes it."""
+    return write_bank(tmp_path / "bank")
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
+    """The folder of the tiny model and its tokenizer."""
+    folder = tmp_path / "tiny"
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 class FakeEngine:
     """Answers with the words of the last message, one a step; a few words steer it.
 

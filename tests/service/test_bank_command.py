@@ -5,26 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from feature_bank import DOMAINS, Bank, shipped_bank_path
 from feature_bank.bank import MANIFEST
 from tests.service.commands import assert_one_line_error, run
-
-
-@pytest.fixture
-def model(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
-    folder = tmp_path / "tiny"
-    tiny_model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def bank(tmp_path: Path, write_bank: Callable[..., Path]) -> Path:
-    return write_bank(tmp_path / "bank")
 
 
 def test_a_bank_is_summarised_listed_and_shown(bank: Path) -> None:

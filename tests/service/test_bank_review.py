@@ -9,7 +9,7 @@ import pty
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,6 @@ from service.commands.review_walk import Walk
 from tests.service.commands import assert_one_line_error, run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def bank(tmp_path: Path, write_bank: Callable[..., Path]) -> Path:
-    return write_bank(tmp_path / "bank")
 
 
 def verdicts(bank: Path) -> list[tuple[str, str, str]]:

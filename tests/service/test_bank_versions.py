@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,6 @@ from feature_bank.bank import FEATURES, Bank
 from feature_bank.review import rejected_ids
 from tests.feature_bank.variants import write_variant
 from tests.service.commands import assert_one_line_error, run
-
-
-@pytest.fixture
-def bank(tmp_path: Path, write_bank: Callable[..., Path]) -> Path:
-    return write_bank(tmp_path / "bank")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,6 @@ HOOK = "blocks.1.hook_resid_post"
 @pytest.fixture
 def run() -> Run:
     return commands.run
-
-
-@pytest.fixture
-def model(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
-    folder = tmp_path / "tiny"
-    tiny_model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def bank(tmp_path: Path, write_bank: Callable[..., Path]) -> Path:
-    return write_bank(tmp_path / "bank")
 
 
 @pytest.fixture

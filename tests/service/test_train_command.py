@@ -36,14 +36,6 @@ def run() -> Run:
 
 
 @pytest.fixture
-def model(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
-    folder = tmp_path / "tiny"
-    tiny_model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def texts(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for number, path in enumerate(paths):
