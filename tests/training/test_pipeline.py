@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,31 +14,22 @@ import yaml
 from feature_bank.bank import HASHED, Bank
 from feature_bank.errors import DataError
 from feature_bank.formats.saelens import load_saelens
-from feature_bank.identity import identify
 from guard import Guard
 from tests.factories import make_policy
+from tests.training.workshop import (
+    HELD_OUT,
+    HOOKS,
+    OTHERS,
+    POLITICS,
+    PRESET,
+    SECRET,
+    Trained,
+    Workshop,
+    rows,
+)
 from training.corpus import OWN_SOURCE, read_documents
-from training.pipeline import load_preset, own_corpora, train_bank
+from training.pipeline import load_preset, own_corpora
 
-HOOKS = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
-PRESET: dict[str, Any] = {
-    "name": "tiny",
-    "version": "1",
-    "hook_points": list(HOOKS),
-    "labelled_tokens": 60,
-    "general_tokens": 40,
-    "general_budget": 1500,
-    "sae": {"expansion": 4, "k": 4, "batch_tokens": 256, "epochs": 1, "lr": 5e-3},
-    "pooling": {"window": 32, "min_tokens": 8, "ceiling": 1.0, "evidence_tokens": 2},
-    "candidates": 20,
-    "described_per_head": 12,
-    "described_for_steering": 3,
-    "admission": {"min_corr": None},
-    "features_per_head": 8,
-    "steering_features": 2,
-    "canary": "A small bird sang in the garden; nobody listened, 42 times.",
-    "own_corpora": False,
-}
 STAGES = (
     "corpus",
     "harvest",
@@ -59,135 +50,6 @@ STAGES = (
     "pack",
 )
 SAE_STAGE = STAGES.index(f"sae {HOOKS[0]}")
-SECRET, HELD_OUT = "Zarquon", "Vogsphere"  # words that stand only in text that may not be shown
-POLITICS = ["BALLOT", "SENATE", "QUORUM", "TREATY", "DECREE", "LOBBY"]
-OTHERS = ["river", "garden", "kettle", "window", "pillow", "bread"]
-
-
-class Workshop(NamedTuple):
-    """What a run needs, bound to one folder of inputs."""
-
-    model: Any
-    tokenizer: Any
-    folder: Path
-    data: list[Path]
-
-    def train(self, out: Path, work: Path, report: Callable[..., None] | None = None, **preset: Any) -> Bank:
-        path = self.folder / "preset.yaml"
-        path.write_text(yaml.safe_dump({**PRESET, "taxonomy": str(self.folder / "taxonomy"), **preset}))
-        return train_bank(
-            model=self.model,
-            tokenizer=self.tokenizer,
-            identity=identify(self.model, self.tokenizer, "tiny"),
-            preset=load_preset(str(path)),
-            data=self.data,
-            out=out,
-            work=work,
-            report=report or (lambda *_: None),
-        )
-
-
-def write_taxonomy(folder: Path) -> None:
-    """One domain, two concepts: each pair says the same with a word of politics and without."""
-    folder.mkdir()
-    concepts = []
-    for number, words in enumerate((POLITICS[:3], POLITICS[3:])):
-        pairs = [
-            {
-                "with": f"{words[i % 3]} {OTHERS[i % 6]} {i}",
-                "without": f"{OTHERS[(i + 1) % 6]} {OTHERS[i % 6]} {i + 40 * (number + 1)}",
-                "lang": "en",
-                "genre": "news",
-                "split": "test" if i % 4 == 3 else "train",
-            }
-            for i in range(12)
-        ]
-        concepts.append(
-            {
-                "id": f"words_{number}",
-                "name": "Words",
-                "definition": "Some of the words that stand for politics here, and nothing besides them.",
-                "pairs": pairs,
-                "hard_negatives": [{"text": f"{OTHERS[0]} {OTHERS[3]} {number}", "lang": "en", "kind": "everyday"}],
-            }
-        )
-    subtopic = {"id": "all", "name": "All", "definition": concepts[0]["definition"], "concepts": concepts}
-    (folder / "politics.yaml").write_text(yaml.safe_dump({"domain": "politics", "subtopics": [subtopic]}))
-
-
-def rows() -> list[dict[str, Any]]:
-    """Text about politics and about nothing, told apart by its words; a third of it may not be shown."""
-    generator = np.random.default_rng(0)
-    found: list[dict[str, Any]] = []
-    for i in range(160):
-        positive = i % 2 == 0
-        words = generator.choice(POLITICS if positive else OTHERS, 5).tolist()
-        split = "test" if i % 8 < 2 else "fit"
-        own = i % 6 < 4
-        if split == "test" or not own:
-            words.insert(2, HELD_OUT if own else SECRET)
-        found.append(
-            {
-                "id": f"row-{i}",
-                "text": " ".join(words),
-                "role": ("prompt", "response", "passage")[i % 3],
-                "domains": ["politics"] if positive else [],
-                "known": ["politics"],
-                "source": OWN_SOURCE if own else "elsewhere",
-                "licence": "CC0-1.0",
-                "split": split,
-            }
-        )
-    return found
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Workshop:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=260,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=2,
-            )
-        )
-    folder = tmp_path_factory.mktemp("workshop")
-    write_taxonomy(folder / "taxonomy")
-    labelled, general = folder / "labelled.jsonl", folder / "general.jsonl"
-    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    words = [*POLITICS, *OTHERS, SECRET]
-    generator = np.random.default_rng(1)
-    texts = [" ".join(generator.choice(words, 6)) for _ in range(50)]
-    general.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return Workshop(model.eval().requires_grad_(False), tiny_tokenizer, folder, [labelled, general])
-
-
-class Trained(NamedTuple):
-    """A finished run and what it reported."""
-
-    bank: Bank
-    out: Path
-    work: Path
-    reports: list[tuple[str, int, int, str]]
-
-
-@pytest.fixture(scope="module")
-def trained(workshop: Workshop) -> Trained:
-    """A run that nothing interrupted."""
-    out, work, reports = workshop.folder / "bank", workshop.folder / "work", []
-    bank = workshop.train(out, work, lambda *report: reports.append(report))
-    return Trained(bank, out, work, reports)
 
 
 def hashed(folder: Path) -> dict[str, bytes]:
@@ -274,9 +136,7 @@ def test_interrupted_between_an_sae_and_its_figures_it_gives_the_same_sae(
     assert list((tmp_path / "work" / "saes").iterdir()) == []  # they are there together or not at all
     monkeypatch.undo()
     with pytest.raises(KeyboardInterrupt):
-        workshop.train(
-            tmp_path / "bank", tmp_path / "work", lambda stage, *_: stop() if stage == "sae " + HOOKS[1] else None
-        )
+        workshop.train(tmp_path / "bank", tmp_path / "work", lambda stage, *_: stop() if stage == "discovery" else None)
     weights = Path("saes") / HOOKS[0] / "sae_weights.safetensors"
     assert (tmp_path / "work" / weights).read_bytes() == (trained.work / weights).read_bytes()
 
