@@ -113,7 +113,7 @@ class Collection:
 
 
 def counts(features: Iterable[ImportedFeature]) -> dict[str, Any]:
-    """`features`, `tagged`, `tagged_by_domain`, `tagged_by_layer`, `by_layer`, `masked` and `unexplained`."""
+    """How many features there are, are tagged (by domain, by layer, by both), are masked, and have no explanation."""
     rows = list(features)
     tagged = [feature for feature in rows if feature.domains]
     domains = Counter(domain for feature in tagged for domain in feature.domains)
@@ -122,6 +122,11 @@ def counts(features: Iterable[ImportedFeature]) -> dict[str, Any]:
         "tagged": len(tagged),
         "tagged_by_domain": {domain: domains[domain] for domain in DOMAINS if domains[domain]},
         "tagged_by_layer": dict(sorted(Counter(feature.layer for feature in tagged).items())),
+        "tagged_by_domain_and_layer": {
+            domain: dict(sorted(Counter(f.layer for f in tagged if domain in f.domains).items()))
+            for domain in DOMAINS
+            if domains[domain]
+        },
         "by_layer": dict(sorted(Counter(feature.layer for feature in rows).items())),
         "masked": sum(feature.masked for feature in rows),
         "unexplained": sum(not feature.explanations for feature in rows),

@@ -97,8 +97,9 @@ class _Writer:
         return f"{self._features(hook)[0].layer}-{self.set_of(hook)}"
 
     def write(self, root: Path) -> None:
-        write_lines(root / "config" / "explanation_type.jsonl", self._kinds())
-        write_lines(root / "config" / "explanation_model_type.jsonl", self._models())
+        for name, rows in (("explanation_type", self._kinds()), ("explanation_model_type", self._models())):
+            if described := list(rows):
+                write_lines(root / "config" / f"{name}.jsonl", described)
         for hook in self.bank.manifest.hook_points:
             source = self.source(hook)
             folder = root / self.model_id / source
@@ -135,12 +136,12 @@ class _Writer:
 
     def _feature(self, feature: FeatureRecord, source: str, set_name: str, vector: list[float]) -> dict[str, Any]:
         bins = len(feature.histogram)
-        largest = max((a for e in feature.evidence for a in (e.activation, *e.activations)), default=0.0)
+        largest = max((a for e in feature.evidence for a in (e.activation, *e.activations)), default=None)
         has_vector = any(vector)
         return {
             **FEATURE_COLUMNS,
             **self._place(feature, source),
-            "maxActApprox": largest * feature.scale,
+            "maxActApprox": None if largest is None else largest * feature.scale,
             "creatorId": self.creator_id,
             "frac_nonzero": feature.density,
             "freq_hist_data_bar_heights": feature.histogram,

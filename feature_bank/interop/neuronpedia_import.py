@@ -124,7 +124,7 @@ class _Reader:
                 hook_name=row.hookName,
                 explanations=explanations,
                 density=row.frac_nonzero,
-                max_activation=row.maxActApprox or max(peaks, default=None),
+                max_activation=max(peaks, default=None) if row.maxActApprox is None else row.maxActApprox,
                 histogram=_histogram(row.freq_hist_data_bar_values, row.freq_hist_data_bar_heights),
                 logit_histogram=_histogram(row.logits_hist_data_bar_values, row.logits_hist_data_bar_heights),
                 promoted_tokens=row.pos_str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands import card, difference, features, review, versions
+from service.commands import bank_interop, card, difference, features, review, versions
 from service.commands.bank_reader import read_bank, read_labelled
 from service.commands.options import BankArgument, JsonOption
 from service.commands.terminal import output_console, plain, print_json
@@ -35,6 +35,7 @@ def build_app() -> typer.Typer:
     app.command()(versions.promote)
     app.command()(versions.rollback)
     app.command("versions")(versions.list_versions)
+    bank_interop.add_commands(app)
     return app
 
 

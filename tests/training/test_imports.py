@@ -1,4 +1,4 @@
-"""Tags of others and the rows of their encoders become a bank that the guard loads, claiming what was measured."""
+"""Others' tags and the rows of their encoders become a bank that the guard loads and that claims what was measured."""
 
 from __future__ import annotations
 

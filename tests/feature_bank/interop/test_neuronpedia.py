@@ -108,6 +108,8 @@ def test_what_the_layout_can_hold_comes_back(tmp_path: Path, bank: Bank) -> None
         assert [e.activations for e in back.examples] == [
             [a * feature.scale for a in e.activations] for e in feature.evidence
         ]
+        heights = [a for e in feature.evidence for a in e.activations]
+        assert back.max_activation == (max(heights) * feature.scale if heights else None)
         if feature.histogram:
             assert back.histogram is not None
             assert back.histogram.heights == feature.histogram
