@@ -69,7 +69,7 @@ class RuleTable:
 def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, streaming: bool) -> RuleTable:
     """The policy's rules for `scope`, resolved for text that streams or lies there whole.
 
-    Raises PolicyError for a domain the bank has no head for.
+    Raises PolicyError for a domain the bank has no head for, or whose features it cannot steer.
     """
     bound = []
     for rule in policy.rules:
@@ -79,6 +79,11 @@ def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, 
             raise PolicyError(
                 f"rule {rule.label!r}, field 'domain': the bank has no head for {rule.domain!r}; "
                 f"it has {', '.join(heads.domains)}"
+            )
+        if rule.action == "steer" and not _steerable(bank, rule.domain):
+            raise PolicyError(
+                f"rule {rule.label!r}, field 'action': the bank has no decoder rows for the features of "
+                f"{rule.domain!r}, so that they cannot be steered; flag or block"
             )
         probability = rule.threshold.resolve(bank.heads[rule.domain], streaming=streaming)
         clipped = min(max(probability, 1e-9), 1 - 1e-9)
@@ -92,3 +97,16 @@ def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, 
             )
         )
     return RuleTable(tuple(bound), len(heads.domains))
+
+
+def _steerable(bank: Bank, domain: str) -> bool:
+    """Whether any feature of the domain's head has a decoder row: of some published SAEs there are only encoders."""
+    wanted = set(bank.heads[domain].features)
+    start = 0
+    for hook in bank.manifest.hook_points:
+        rows = bank.rows[hook.hook_name].W_dec
+        here = bank.features[start : start + hook.n_selected]
+        start += hook.n_selected
+        if rows[[feature.id in wanted for feature in here]].any():
+            return True
+    return False

@@ -61,7 +61,7 @@ def spread(value: float, positives: int, negatives: int) -> float:
     variance = (value * (1 - value) + (positives - 1) * (q1 - value**2) + (negatives - 1) * (q2 - value**2)) / (
         positives * negatives
     )
-    return max(variance, 0.0) ** 0.5
+    return float(max(variance, 0.0) ** 0.5)
 
 
 def auroc_interval(scores: npt.NDArray[np.floating], y: npt.NDArray[np.bool_], *, seed: int) -> Interval:

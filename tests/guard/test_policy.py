@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from feature_bank import DOMAINS
 from guard.errors import PolicyError
+from guard.heads import DomainHeads, bind_rules
 from guard.policy import Policy
+from tests.factories import make_bank, make_policy
 
 RULE = {"domain": "violence", "threshold": {"probability": 0.8}, "action": "block"}
 
@@ -96,3 +102,21 @@ def test_rules_that_a_verdict_could_not_tell_apart_are_refused(tmp_path: Path) -
         Policy.load(path)
     named = {"rules": [RULE, {**RULE, "scope": ["response"], "name": "late"}]}
     assert [rule.label for rule in Policy.load(write(path, named)).rules] == ["violence-block", "late"]
+
+
+def test_a_rule_that_steers_what_has_no_decoder_is_refused_and_one_that_flags_is_not(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    bank = make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer)
+    rows = {name: replace(part, W_dec=np.zeros_like(part.W_dec)) for name, part in bank.rows.items()}
+    encoders_only = replace(bank, rows=rows)
+    heads = DomainHeads(bank, torch.device("cpu"))
+    for action, steer in (("flag", None), ("steer", {"op": "ablate"})):
+        rule = {"domain": "terror", "scope": ["response"], "action": action, **({"steer": steer} if steer else {})}
+        policy = make_policy(rule)
+        bind_rules(policy, bank, heads, "response", streaming=True)
+        if steer is None:
+            bind_rules(policy, encoders_only, heads, "response", streaming=True)
+        else:
+            with pytest.raises(PolicyError, match="no decoder rows for the features of 'terror'"):
+                bind_rules(policy, encoders_only, heads, "response", streaming=True)
