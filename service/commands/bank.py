@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from feature_bank.errors import BankError
+from service.commands.bank_report import report
 from service.commands.options import JsonOption
 from service.commands.terminal import output_console, plain, print_json
 
@@ -39,6 +40,7 @@ def build_app() -> typer.Typer:
     app.command("list")(list_features)
     app.command()(show)
     app.command()(verify)
+    app.command()(report)
     return app
 
 
