@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from feature_bank.bank import Bank
 from feature_bank.report.charts import AUROC, CORRELATION, Axis, Strip, bars_path, strip
-from feature_bank.report.reviews import ReviewLine, Reviews
+from feature_bank.report.reviews import ReviewLine, Reviews, in_force
 from feature_bank.schema import ConceptScore, Evidence, FeatureRecord, SimulationScore
 from feature_bank.taxonomy import DOMAINS, Domain
 
@@ -82,6 +82,9 @@ class Card:
     """One feature."""
 
     record: FeatureRecord
+    """With the labels that hold."""
+    machine: FeatureRecord | None
+    """As the machine labelled it, if a review says otherwise."""
     order: int
     weights: tuple[tuple[str, float], ...]
     """Of the heads that it is in."""
@@ -120,8 +123,9 @@ class Card:
 
     @property
     def verdict(self) -> str:
-        """The last review that accepts or rejects it; empty if there is none."""
-        return next((line.verdict for line in reversed(self.reviews) if line.verdict in ("accept", "reject")), "")
+        """`accepted` or `rejected` by the last review that is no note; empty if there is none."""
+        last = next((line for line in reversed(self.reviews) if line.verdict != "note"), None)
+        return "" if last is None else "rejected" if last.verdict == "reject" else "accepted"
 
 
 def make_cards(bank: Bank, reviews: Reviews) -> tuple[Card, ...]:
@@ -176,7 +180,7 @@ def best_auroc(record: FeatureRecord) -> float | None:
 
 
 def _card(
-    record: FeatureRecord,
+    machine: FeatureRecord,
     *,
     order: int,
     weights: Sequence[tuple[str, float]],
@@ -184,11 +188,13 @@ def _card(
     reviews: tuple[ReviewLine, ...],
     effect_axis: Axis,
 ) -> Card:
+    record = in_force(machine, reviews)
     main = main_fidelity(record)
     effects = record.causality.effects if record.causality else {}
     own_effects = [effects[domain] for domain in record.domains if domain in effects]
     return Card(
         record=record,
+        machine=machine if record is not machine else None,
         order=order,
         weights=tuple(weights),
         excerpts=tuple(_excerpt(evidence) for evidence in record.evidence),

@@ -27,7 +27,7 @@ class Axis(NamedTuple):
         return round(100 * min(1.0, max(0.0, share)), 1)
 
 
-AUROC = Axis(0.0, 1.0)
+AUROC = Axis(0.25, 1.0)
 CORRELATION = Axis(-0.25, 1.0)
 
 
@@ -40,7 +40,7 @@ class Strip:
     width: int
     null: int | None
     zero: int
-    """Where chance, or no effect, lies; the style sheet knows 50 and 20."""
+    """Where chance, or no effect, lies; the style sheet knows 20, 33 and 50."""
 
 
 def strip(
@@ -63,14 +63,14 @@ def strip(
     )
 
 
-def bars_path(counts: Sequence[float], *, log: bool = False, most: float | None = None) -> str:
+def bars_path(counts: Sequence[int], *, log: bool = False) -> str:
     """The outline of a histogram 100 wide and 40 high, as an SVG path; empty if there is nothing to draw.
 
-    log: heights grow with the logarithm of the counts. most: the count that fills the height, if not the largest.
+    log: heights grow with the logarithm of the counts.
     """
     heights = [math.log1p(count) if log else float(count) for count in counts]
-    top = (math.log1p(most) if log else most) if most is not None else max(heights, default=0.0)
-    if not top or not any(heights):
+    top = max(heights, default=0.0)
+    if not top:
         return ""
     width = f"{100 / len(heights):g}"
     steps = []
@@ -111,16 +111,14 @@ def compare(
     label: str = "",
     bins: int = 40,
 ) -> Histogram:
-    """Histograms of values and of nulls over one axis, each as a share of its own number."""
-    shares = [_shares(part, axis, bins) for part in (values, nulls)]
-    most = max(max(part, default=0.0) for part in shares)
+    """Histograms of values and of nulls over one axis, each as high as the other: nulls lie close together."""
     null_median = float(np.median(nulls)) if nulls else None
     median = float(np.median(values))
     return Histogram(
         title=title,
         axis=axis,
-        bars=bars_path(shares[0], most=most),
-        null_bars=bars_path(shares[1], most=most),
+        bars=bars_path(_bins(values, axis, bins)),
+        null_bars=bars_path(_bins(nulls, axis, bins)),
         n=len(values),
         median=median,
         null_median=null_median,
@@ -132,8 +130,7 @@ def compare(
     )
 
 
-def _shares(values: Sequence[float], axis: Axis, bins: int) -> list[float]:
-    if not values:
-        return []
+def _bins(values: Sequence[float], axis: Axis, bins: int) -> list[int]:
+    """How many values lie in each bin; those beyond the axis count at its ends."""
     counts, _ = np.histogram(np.clip(values, axis.low, axis.high), bins=bins, range=(axis.low, axis.high))
-    return [float(count) / len(values) for count in counts]
+    return [int(count) for count in counts]

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from feature_bank.bank import Bank
 from feature_bank.report.cards import Card, main_fidelity
 from feature_bank.report.charts import AUROC, CORRELATION, Histogram, compare
 from feature_bank.schema import FeatureRecord, HeadRecord
@@ -111,7 +110,7 @@ def detection_histograms(features: Sequence[FeatureRecord]) -> tuple[Histogram, 
                     [scores[f"{name}_null"] for scores in own if f"{name}_null" in scores],
                     axis=AUROC,
                     above=sum(_detects(scores, domain) for scores in own),
-                    ticks=(0, 0.25, 0.5, 0.75, 1),
+                    ticks=(0.25, 0.5, 0.75, 1),
                 )
             )
     return tuple(found)
@@ -134,7 +133,7 @@ def admission(cards: Sequence[Card]) -> tuple[Field, ...]:
         ("fidelity", "the CorrScore's interval lies above what other features' explanations reach", _faithful),
         ("detection", "the AUROC's interval for one of its domains lies above that of shuffled labels", _detecting),
         ("causality", "ablating it lowers the score of one of its domains, the whole interval below 0", _causal),
-        ("review", "a person's last verdict accepts it", _accepted),
+        ("review", "a person's last verdict accepts or relabels it", _accepted),
     )
     found = []
     for name, meaning, check in checks:
@@ -208,12 +207,13 @@ class DuplicatePair:
     correlation: float
 
 
-def duplicate_pairs(bank: Bank) -> tuple[DuplicatePair, ...]:
-    """Every linked pair of the bank's features once, the closest first."""
+def duplicate_pairs(features: Sequence[FeatureRecord]) -> tuple[DuplicatePair, ...]:
+    """Every linked pair of features once, the closest first."""
+    by_id = {feature.id: feature for feature in features}
     found: dict[tuple[str, str], DuplicatePair] = {}
-    for feature in bank.features:
+    for feature in features:
         for link in feature.duplicates:
-            other = bank.by_id.get(link.id)
+            other = by_id.get(link.id)
             if other is not None and (other.id, feature.id) not in found:
                 found[feature.id, other.id] = DuplicatePair(first=feature, second=other, correlation=link.correlation)
     return tuple(sorted(found.values(), key=lambda pair: -pair.correlation))
@@ -241,4 +241,4 @@ def _causal(card: Card) -> bool | None:
 
 
 def _accepted(card: Card) -> bool | None:
-    return card.verdict == "accept" if card.verdict else None
+    return card.verdict == "accepted" if card.verdict else None

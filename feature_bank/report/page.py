@@ -81,7 +81,7 @@ def render_report(
     style, script = (_read(name) for name in ("style.css", "filters.js"))
     cards = make_cards(bank, reviews or {})
     concepts = index_concepts(taxonomy)
-    features = bank.features
+    features = [card.record for card in cards]
     return environment.get_template("page.html.j2").render(
         bank=bank,
         manifest=bank.manifest,
@@ -99,9 +99,9 @@ def render_report(
         admission=overview.admission(cards),
         rules=overview.failed_rules(features),
         coverage=cover(features, concepts),
-        duplicates=overview.duplicate_pairs(bank),
+        duplicates=overview.duplicate_pairs(features),
         selection=selection,
-        plot=draw_selection(selection) if selection is not None else None,
+        plots=draw_selection(selection) if selection is not None else (),
         style=style,
         script=script,
         style_hash=_digest(style),

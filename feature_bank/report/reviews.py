@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ReviewLine", "Reviews", "read_reviews"]
+from feature_bank.schema import FeatureRecord
+from feature_bank.taxonomy import Domain
+
+__all__ = ["ReviewLine", "Reviews", "in_force", "read_reviews"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewLine:
-    """One review of a feature."""
+    """One review of a feature. The labels that it puts in the place of the machine's are None where it leaves them."""
 
     verdict: str
-    """Such as `accept`, `reject`, `relabel` or `note`."""
+    """`accept`, `reject`, `relabel` or `note`."""
     reviewer: str
     time: str
     reason: str = ""
-    changes: str = ""
-    """What it says instead of the record: other domains, concepts or another explanation."""
+    domains: tuple[Domain, ...] | None = None
+    concepts: tuple[str, ...] | None = None
+    explanation: str | None = None
 
 
 Reviews = Mapping[str, tuple[ReviewLine, ...]]
@@ -29,3 +33,16 @@ Reviews = Mapping[str, tuple[ReviewLine, ...]]
 def read_reviews(folder: Path) -> Reviews:  # noqa: ARG001  # nothing is read yet
     """The reviews of the bank in `folder`. None are read yet."""
     return {}
+
+
+def in_force(record: FeatureRecord, lines: Sequence[ReviewLine]) -> FeatureRecord:
+    """The record with the labels that hold: field by field the last review that sets it, else the machine's."""
+    labels: dict[str, object] = {}
+    for line in lines:
+        if line.domains is not None:
+            labels["domains"] = list(line.domains)
+        if line.concepts is not None:
+            labels["concepts"] = list(line.concepts)
+        if line.explanation is not None:
+            labels["explanation"] = line.explanation
+    return record.model_copy(update=labels) if labels else record

@@ -20,7 +20,7 @@ from feature_bank.report import render_report, write_report
 from feature_bank.report.cards import split_runs
 from feature_bank.report.charts import AUROC, bars_path, compare, strip
 from feature_bank.report.overview import failed_rules
-from feature_bank.report.reviews import ReviewLine
+from feature_bank.report.reviews import ReviewLine, in_force
 from feature_bank.report.selection import Selection, draw_selection, read_selection
 from feature_bank.report.text import visible, visible_token
 from feature_bank.schema import Evidence
@@ -28,7 +28,13 @@ from feature_bank.taxonomy import DOMAINS, Taxonomy, load_taxonomy
 from tests.feature_bank.rich_bank import HOSTILE, write_rich_bank
 
 SAES = [
-    {"name": f"{layer}-{l0}", "hook_name": f"blocks.{layer}.hook_resid_post", "l0": l0, "i_cdf": 0.03, "null": 0.01}
+    {
+        "name": f"{layer}-{l0}",
+        "hook_name": f"blocks.{layer}.hook_resid_post",
+        "l0": l0,
+        "i_cdf": 0.03,
+        "i_cdf_margin": 0.02,
+    }
     for layer in (6, 14, 22)
     for l0 in (16, 32, 64)
 ]
@@ -87,12 +93,15 @@ def page(bank: Bank, taxonomy: Taxonomy) -> str:
     first = bank.features[0].id
     reviews = {
         first: tuple(
-            ReviewLine(verdict="reject", reviewer=text, time="2026-01-03", reason=text, changes=text)
+            ReviewLine(verdict="reject", reviewer=text, time=text, reason=text, concepts=(text,), explanation=text)
             for text in HOSTILE
         )
     }
     selection = Selection.model_validate(
-        {"saes": [*SAES, {**SAES[0], "name": HOSTILE[0], "hook_name": HOSTILE[4]}], "choice": [HOSTILE[0]]}
+        {
+            "saes": [*SAES, {**SAES[0], "name": HOSTILE[0], "hook_name": HOSTILE[4]}],
+            "choice": {"overall": HOSTILE[0], "why": [HOSTILE[1]]},
+        }
     )
     return render_report(bank, taxonomy=taxonomy, reviews=reviews, selection=selection)
 
@@ -107,9 +116,13 @@ def harmless(tmp_path_factory: pytest.TempPathFactory, taxonomy: Taxonomy) -> Re
     bank = write_rich_bank(
         tmp_path_factory.mktemp("plain") / "bank", taxonomy, features=2 * len(HOSTILE), hostile=False
     )
-    reviews = {bank.features[0].id: (ReviewLine(verdict="reject", reviewer="a", time="t", reason="b", changes="c"),)}
+    line = ReviewLine(verdict="reject", reviewer="a", time="t", reason="b", concepts=("c",), explanation="e")
+    reviews = {bank.features[0].id: (line,)}
     selection = Selection.model_validate(
-        {"saes": [*SAES, {**SAES[0], "name": "new", "hook_name": "h"}], "choice": ["new"]}
+        {
+            "saes": [*SAES, {**SAES[0], "name": "new", "hook_name": "h"}],
+            "choice": {"overall": "new", "why": ["it is best"]},
+        }
     )
     return Reader(render_report(bank, taxonomy=taxonomy, reviews=reviews, selection=selection))
 
@@ -258,15 +271,15 @@ def test_bars_fill_the_height_and_a_lone_count_is_still_seen() -> None:
 
 def test_a_strip_keeps_within_its_axis() -> None:
     line = strip(AUROC, 1.4, low=-0.5, high=2.0, null=0.52, zero=0.5)
-    assert (line.at, line.low, line.width, line.null, line.zero) == (100, 0, 100, 52, 50)
+    assert (line.at, line.low, line.width, line.null, line.zero) == (100, 0, 100, 36, 33)
     assert strip(AUROC, 0.5, low=0.4).low is None
 
 
-def test_values_and_nulls_share_one_scale() -> None:
+def test_values_and_nulls_share_an_axis() -> None:
     found = compare("x", [0.9] * 4, [0.5, 0.6], axis=AUROC, above=4, ticks=(0, 1))
     assert (found.n, found.median, found.null_median, found.above) == (4, 0.9, 0.55, 4)
-    assert "V0h" in found.bars  # all in one bin: the full height
-    assert "V20h" in found.null_bars  # half in each of two
+    assert "V0h" in found.bars
+    assert "V0h" in found.null_bars
 
 
 def test_rules_are_counted_by_what_stands_before_the_colon(bank: Bank) -> None:
@@ -280,20 +293,23 @@ def test_rules_are_counted_by_what_stands_before_the_colon(bank: Bank) -> None:
 
 def test_reviews_stand_on_the_card_and_the_last_verdict_in_its_status(reader: Reader, bank: Bank) -> None:
     status = {card["id"]: card["data-status"] for card in reader.named("article")}
-    assert status[bank.features[0].id] == "admitted reject"
+    assert status[bank.features[0].id] == "admitted rejected"
     assert status[bank.features[1].id] == "admitted unreviewed"
 
 
 def test_a_selection_is_drawn_with_a_line_for_each_hook_point(tmp_path: Path) -> None:
-    record: dict[str, Any] = {"saes": SAES, "choice": ["14-32"], "something_else": 1}
+    record: dict[str, Any] = {"saes": SAES, "choice": {"overall": "14-32", "by_hook_point": {"h": "6-16"}}, "other": 1}
     (tmp_path / "selection.json").write_text(json.dumps(record))
-    plot = draw_selection(read_selection(tmp_path))
+    (plot,) = draw_selection(read_selection(tmp_path))
     assert [len(series.marks) for series in plot.series] == [3, 3, 3]
-    assert [mark.name for series in plot.series for mark in series.marks if mark.chosen] == ["14-32"]
+    assert [mark.name for series in plot.series for mark in series.marks if mark.chosen] == ["6-16", "14-32"]
     heights = [series.label_y for series in plot.series]
     assert min(b - a for a, b in pairwise(heights)) >= 18  # labels keep apart
-    alone = draw_selection(Selection.model_validate({"saes": [{**SAES[0], "i_cdf": 0.0, "null": None}]}))
-    assert alone.series[0].line == alone.series[0].null_line == ""
+    alone = {**SAES[0], "i_cdf": 0.0, "i_cdf_margin": None, "separation": -0.01}
+    plots = draw_selection(Selection.model_validate({"saes": [alone]}))
+    assert [found.title for found in plots] == ["Separation over its null", "I CDF"]
+    assert plots[1].series[0].line == plots[1].series[0].null_line == ""
+    assert all(14 <= mark.y <= 226 for found in plots for mark in found.series[0].marks)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +320,7 @@ def test_a_selection_is_drawn_with_a_line_for_each_hook_point(tmp_path: Path) ->
         pytest.param("[]", "field 'file'", id="no object"),
         pytest.param('{"saes": []}', "field 'saes'", id="empty"),
         pytest.param('{"saes": [{"name": "a", "hook_name": "h", "l0": -1, "i_cdf": 0}]}', "saes.0.l0", id="l0"),
-        pytest.param(json.dumps({"saes": SAES, "choice": ["other"]}), "'other'", id="unknown choice"),
+        pytest.param(json.dumps({"saes": SAES, "choice": {"overall": "other"}}), "'other'", id="unknown choice"),
     ],
 )
 def test_a_bad_selection_names_file_and_field(content: str | None, message: str, tmp_path: Path) -> None:
@@ -336,3 +352,12 @@ def test_a_report_is_not_replaced_unasked_and_a_failure_leaves_it(folder: Path, 
 def test_every_domain_has_its_colour(page: str) -> None:
     for domain in DOMAINS:
         assert f".d-{domain}" in page
+
+
+def test_a_review_puts_its_labels_in_the_place_of_the_machines(bank: Bank) -> None:
+    record = bank.features[0]
+    first = ReviewLine(verdict="relabel", reviewer="a", time="1", domains=("politics",), explanation="votes")
+    second = ReviewLine(verdict="relabel", reviewer="a", time="2", concepts=())
+    label = in_force(record, [first, second])
+    assert (label.domains, label.concepts, label.explanation) == (["politics"], [], "votes")
+    assert in_force(record, [ReviewLine(verdict="note", reviewer="a", time="3")]) is record

@@ -47,8 +47,8 @@ def test_the_shipped_bank_is_the_default(run: Run, tmp_path: Path) -> None:
 
 def test_a_selection_joins_the_page(run: Run, write_bank: Callable[..., Path], tmp_path: Path) -> None:
     folder = write_bank(tmp_path / "bank")
-    sae = {"name": "first", "hook_name": "blocks.1.hook_resid_post", "l0": 16.0, "i_cdf": 0.04, "null": 0.01}
-    (tmp_path / "selection.json").write_text(json.dumps({"saes": [sae], "choice": ["first"]}))
+    sae = {"name": "first", "hook_name": "blocks.1.hook_resid_post", "l0": 16.0, "i_cdf": 0.04}
+    (tmp_path / "selection.json").write_text(json.dumps({"saes": [sae], "choice": {"overall": "first"}}))
     assert run(folder, "--out", tmp_path / "page.html", "--selection", tmp_path).exit_code == 0
     assert 'id="selection"' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
