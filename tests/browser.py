@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,6 +35,10 @@ _SWITCHES = (
     "--disable-extensions",
     "--hide-scrollbars",
     "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+# The browser reads commands from descriptor 3 and answers on 4
+_BECOME = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 )
 
 
@@ -68,7 +74,8 @@ class Page:
                 return result
 
     def open(self, url: str) -> None:
-        """Load an address afresh and wait until it is there."""
+        """Load an address afresh and wait until it is there. Complaints about an earlier page are forgotten."""
+        self.complaints.clear()
         for address in ("about:blank", url):  # an address that differs after the # alone would not be loaded again
             self._loaded = False
             self.call("Page.navigate", url=address)
@@ -115,7 +122,7 @@ class Page:
                 self.complaints.append(str(parameters["entry"]))
             case "Runtime.consoleAPICalled":
                 self.complaints.append(str(parameters["args"]))
-            case "Audits.issueAdded":
+            case "Audits.issueAdded" if parameters["issue"]["code"] == "ContentSecurityPolicyIssue":
                 self.complaints.append(str(parameters["issue"]))
             case "Network.requestWillBeSent":
                 self.requests.append(parameters["request"]["url"])
@@ -128,15 +135,16 @@ def open_browser() -> Iterator[Page]:
     binary = next(filter(None, map(shutil.which, NAMES)), None)
     if binary is None:
         pytest.skip(f"no browser is installed; one of {', '.join(NAMES)} would do")
-    # The browser reads commands from descriptor 3 and answers on 4
-    command_read, command_write = os.pipe()
-    answer_read, answer_write = os.pipe()
+    command_read, command_write = _pipe()
+    answer_read, answer_write = _pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [
-                "/bin/sh",
+                sys.executable,
                 "-c",
-                f'exec "$0" "$@" 3<&{command_read} 4>&{answer_write}',
+                _BECOME,
+                str(command_read),
+                str(answer_write),
                 binary,
                 *_SWITCHES,
                 f"--user-data-dir={profile}",
@@ -159,3 +167,12 @@ def open_browser() -> Iterator[Page]:
                 process.wait()
             os.close(command_write)
             os.close(answer_read)
+
+
+def _pipe() -> tuple[int, int]:
+    """The ends of a pipe, neither of which is descriptor 3 or 4."""
+    low = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low]
+    for end in low:
+        os.close(end)
+    return high[0], high[1]
