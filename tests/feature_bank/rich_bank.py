@@ -217,6 +217,7 @@ def _evidence(generator: random.Random, text: str) -> Evidence:
     tokens = re.findall(r"\s?\w+|\s?[^\w\s]", text) if text.isascii() else list(text)
     activations = [max(0.0, generator.gauss(-0.6, 0.8)) for _ in tokens]
     top = max(range(len(tokens)), key=activations.__getitem__)
+    activations[top] = max(activations[top], 0.7)
     return Evidence(text=text, peak=tokens[top], activation=activations[top], tokens=tokens, activations=activations)
 
 

@@ -101,13 +101,17 @@ def test_an_address_brings_back_a_view_and_a_link_is_never_filtered_away(tab: Pa
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1280, 1000, 400])
 def test_it_fits_the_window_and_can_be_read(scheme: str, width: int, tab: Page, url: str, tmp_path: Path) -> None:
     tab.resize(width, 900)
     tab.prefer(scheme)
     tab.open(url)
     tab.run("document.getElementById('features').scrollIntoView()")
     assert tab.run("document.documentElement.scrollWidth") <= width
+    halves = "[...document.querySelectorAll('.halves > div')].slice(0, 8)"
+    assert (
+        tab.run(f"{halves}.filter((half) => half.scrollWidth > half.clientWidth).map((half) => half.innerText)") == []
+    )
     lightness = "((m) => m[0] * .3 + m[1] * .6 + m[2] * .1)(getComputedStyle(%s).%s.match(/\\d+/g).map(Number))"
     back = tab.run(lightness % ("document.body", "backgroundColor"))
     ink = tab.run(lightness % ("document.body", "color"))
