@@ -10,6 +10,7 @@ import typer
 
 from service.commands import bank_interop, card, difference, features, review, versions
 from service.commands.bank_reader import read_bank, read_labelled
+from service.commands.bank_report import report
 from service.commands.options import BankArgument, JsonOption
 from service.commands.terminal import output_console, plain, print_json
 
@@ -36,6 +37,7 @@ def build_app() -> typer.Typer:
     app.command()(versions.rollback)
     app.command("versions")(versions.list_versions)
     bank_interop.add_commands(app)
+    app.command()(report)
     return app
 
 
