@@ -13,7 +13,7 @@ from benchmarks import selection, tables
 from benchmarks.correlation import rank_correlation, within_groups
 from benchmarks.results import read_result, write_result
 from feature_bank.errors import DataError
-from tests.training.test_selection import entry, make_texts, random_firing
+from tests.training.selection_samples import entry, make_texts, random_firing
 from training.ranking import Ranked
 from training.selection import contrast_figures
 from training.trainer import SaeRun, TrainedSae, TrainerConfig
