@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md and docs/performance.md, made from the committed results and nothing else.
+"""The tables of docs/quality.md, performance.md and selection.md, made from the committed results and nothing else.
 
 `python -m benchmarks.tables` does it after a result was written without --docs.
 """
@@ -255,10 +255,17 @@ def _training_tables(result: Result) -> str:
     return training_tables(result)
 
 
+def _selection_tables(result: Result) -> str:
+    from benchmarks.selection_tables import selection_tables
+
+    return selection_tables(result)
+
+
 PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "quality": ("quality.md", "table", quality_tables),
     "overhead": ("performance.md", "table", overhead_tables),
     "training": ("performance.md", TRAINING, _training_tables),
+    "selection": ("selection.md", "table", _selection_tables),
 }
 """Result -> (page, name of its markers there, what stands between them)."""
 

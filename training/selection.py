@@ -161,7 +161,7 @@ def _signs(ids: Sequence[str], permutations: int, seed: int) -> Signs:
 class _Tally(NamedTuple):
     """Sums over features, a row for the pairs as observed and one for each repeat."""
 
-    levels: FloatArray
+    levels: npt.NDArray[np.int64]
     """(rows, N + 1): how many features distinguish 0, 1, ..., N pairs."""
     frequency: FloatArray
     """(rows,) sum_j f_j."""
@@ -176,7 +176,7 @@ def _tally(differences: Differences, signs: Signs, best: int) -> _Tally:
     rows, n = signs.shape
     width = n + 1
     levels = np.zeros(rows * width, dtype=np.int64)
-    frequency, net = np.zeros(rows), np.zeros(rows)
+    frequency, net = np.zeros(rows), np.zeros(rows)  # of whole numbers: no order of adding changes a bit
     largest = np.zeros((rows, min(best, differences.shape[1])), dtype=np.float32)
     for start in range(0, differences.shape[1], _BLOCK):
         block = differences[:, start : start + _BLOCK]
@@ -185,12 +185,12 @@ def _tally(differences: Differences, signs: Signs, best: int) -> _Tally:
         signed = signs @ part  # N (f_j - r_j): whole numbers, and exact as such
         counts = ((signed + total) / 2).astype(np.int64)  # N f_j
         levels += np.bincount((counts + np.arange(rows)[:, None] * width).ravel(), minlength=rows * width)
-        frequency += counts.sum(1) / n
+        frequency += counts.sum(1)
         np.maximum(signed, 0, out=signed)
-        net += signed.sum(1, dtype=np.float64) / n
+        net += signed.sum(1, dtype=np.float64)
         candidates = np.concatenate([largest, signed], axis=1)
         largest = np.partition(candidates, -largest.shape[1], axis=1)[:, -largest.shape[1] :]
-    return _Tally(levels.reshape(rows, width), frequency, net, largest.mean(1, dtype=np.float64) / n)
+    return _Tally(levels.reshape(rows, width), frequency / n, net / n, largest.mean(1, dtype=np.float64) / n)
 
 
 def _figures(differences: Differences, signs: Signs, best: int) -> dict[str, Any]:
