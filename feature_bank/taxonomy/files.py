@@ -47,13 +47,15 @@ def normalised(text: str) -> str:
 def _read(path: Path, domain: Domain) -> DomainTaxonomy:
     try:
         data: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506  # a safe one
+        if not isinstance(data, dict):
+            raise DataError(f"{path}: expected the fields 'domain' and 'subtopics'; the file holds none")
         taxonomy = DomainTaxonomy.model_validate(data)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not YAML in UTF-8: {' '.join(str(e).split())}") from e
     except ValidationError as e:
         first = e.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
-        raise DataError(f"{path}, field {place!r}: {first['msg']}") from e
+        raise DataError(f"{path}, field {place!r}: {first['msg'].replace('valid tuple', 'list')}") from e
     if taxonomy.domain != domain:
         raise DataError(f"{path}, field 'domain': {taxonomy.domain!r} does not belong into this file")
     return taxonomy
