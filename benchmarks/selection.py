@@ -2,11 +2,11 @@
 
     python -m benchmarks.selection --data DIR --work FOLDER [--cache FOLDER] [--sparsities 8 32 128] [--docs]
 
-FOLDER is the work folder of the training run of the shipped preset: its documents and activations are read, nothing in
-it is changed. BatchTopK SAEs of several sparsities are trained at each of its hook points and ranked by the figures of
-`train select`; then sparse heads are fitted on each SAE alone, and judged on rows that they were not fitted on: those
-of the same sources that were held out, and `dev.jsonl.gz`. Published is the rank correlation of the two, whatever it
-is, and that of reconstruction and sparsity. All is kept in the cache folder, from which a second run goes on.
+FOLDER is the work folder of the finished training run of the shipped preset: its documents and activations are read,
+only its lock is taken. BatchTopK SAEs of several sparsities are trained at each of its hook points and ranked by the
+figures of `train select`; then sparse heads are fitted on each SAE alone, and judged on rows that they were not fitted
+on: those of the same sources that were held out, and `dev.jsonl.gz`. Published is the rank correlation of the two,
+whatever it is, and that of reconstruction and sparsity. All is kept in the cache folder; a second run goes on there.
 """
 
 from __future__ import annotations
