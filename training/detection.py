@@ -10,7 +10,7 @@ import numpy.typing as npt
 from feature_bank.taxonomy import DOMAINS
 from training.contrast import ContrastTexts
 from training.corpus import OWN_SOURCE, Document
-from training.discovery import adjusted, auroc, auroc_interval, auroc_p, labels, spread
+from training.discovery import adjusted, auroc, auroc_intervals, auroc_p, labels, spread
 
 FloatArray = npt.NDArray[np.float32]
 SPLITS = ("discovery", "calibration")
@@ -50,9 +50,9 @@ def detection_scores(
         rivals = y | elsewhere
         only = y[rivals]
         selectivity = auroc(values[rivals], only)
+        intervals = auroc_intervals(values, y, seed=seed)
         for feature, scores in enumerate(found):
-            interval = auroc_interval(values[:, feature], y, seed=seed)
-            for suffix, value in zip(("", "_low", "_high", "_null"), interval, strict=True):
+            for suffix, value in zip(("", "_low", "_high", "_null"), intervals[feature], strict=True):
                 scores[f"auroc_{domain}{suffix}"] = round(float(value), 4)
             scores[f"tpr_{domain}"] = round(float(tpr[feature]), 4)
             if len(lookalikes):

@@ -64,18 +64,29 @@ def spread(value: float, positives: int, negatives: int) -> float:
     return float(max(variance, 0.0) ** 0.5)
 
 
-def auroc_interval(scores: npt.NDArray[np.floating], y: npt.NDArray[np.bool_], *, seed: int) -> Interval:
-    """Interval by `spread`; null from 100 permutations."""
-    value = float(auroc(scores, y)[0])
+def auroc_intervals(
+    scores: npt.NDArray[np.floating], y: npt.NDArray[np.bool_], *, seed: int, shuffles: int = 100
+) -> list[Interval]:
+    """One interval a column of `scores`, (n, m), by `spread`; nulls from 100 permutations of the labels."""
     positives, negatives = int(y.sum()), int((~y).sum())
-    margin = 1.96 * spread(value, positives, negatives)
-    ranks = rankdata(scores)
+    ranks = rankdata(scores, axis=0)
     rng = np.random.default_rng(seed)
-    shuffled = [
-        (ranks[rng.permutation(len(y))[:positives]].sum() - positives * (positives + 1) / 2) / (positives * negatives)
-        for _ in range(100)
-    ]
-    return Interval(value, max(0.0, value - margin), min(1.0, value + margin), float(np.quantile(shuffled, 0.975)))
+    drawn = np.zeros((shuffles, len(y)))
+    for row in drawn:
+        row[rng.permutation(len(y))[:positives]] = 1.0
+    sums = np.concatenate([y[None].astype(np.float64), drawn]) @ ranks
+    areas = (sums - positives * (positives + 1) / 2) / (positives * negatives)
+    nulls = np.quantile(areas[1:], 0.975, axis=0)
+    found = []
+    for value, null in zip(areas[0].astype(np.float32).tolist(), nulls.tolist(), strict=True):
+        margin = 1.96 * spread(value, positives, negatives)
+        found.append(Interval(value, max(0.0, value - margin), min(1.0, value + margin), null))
+    return found
+
+
+def auroc_interval(scores: npt.NDArray[np.floating], y: npt.NDArray[np.bool_], *, seed: int) -> Interval:
+    """The same of one column, (n,)."""
+    return auroc_intervals(scores[:, None], y, seed=seed)[0]
 
 
 def adjusted(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

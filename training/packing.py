@@ -29,7 +29,7 @@ from training.harvest import Harvest
 from training.heads import (
     FittedHead,
     contrast_rows,
-    fit_heads,
+    fit_small_heads,
     mean_difference,
     steering_features,
 )
@@ -145,11 +145,12 @@ def fit_guard(
     report: Report,
 ) -> Fit:
     """Fit, calibrate and test the domain heads on the admitted candidates alone."""
-    fitted = fit_heads(
+    fitted = fit_small_heads(
         pooled,
         documents,
         candidates=preset.candidates,
         max_features=preset.features_per_head,
+        tolerance=preset.head_tolerance,
         report=lambda detail, done: report("heads", done, len(DOMAINS), detail),
         allowed=admitted,
     )
