@@ -28,9 +28,10 @@ def token_texts(token_ids: npt.NDArray[Any], documents: npt.NDArray[Any], decode
     known: dict[tuple[int, ...], str] = {}
     pending: list[int] = []  # rows of tokens whose bytes are not yet a character
     for row, text in enumerate(texts):
-        if pending and owners[pending[0]] != owners[row]:
+        broken = _BROKEN in text
+        if pending and (owners[pending[0]] != owners[row] or not broken):  # a whole character continues no other
             _drop(texts, pending)
-        if not pending and _BROKEN not in text:
+        if not broken:
             continue
         pending.append(row)
         key = tuple(ids[i] for i in pending)

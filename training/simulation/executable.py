@@ -2,9 +2,9 @@
 
 A segment's prediction is p = sigmoid(bias + the weights of the terms that occur in it).
 
-A token's prediction is p * sigmoid(bias + sum over the terms of weight * (1/2)^d), where d is how many tokens ago the
-term last ended in the segment; a term that has not ended yet adds nothing. In words: the segment must be one on which
-the feature fires, and there it fires where a term ends and, less and less, after it.
+A token's prediction is p * (q_0 / 2 + q_1 / 4 + q_2 / 8 + ...), where q_0 = sigmoid(bias + the weights of the terms
+that end at the token), q_1 the same of the token before it, and so on to the segment's beginning. In words: the segment
+must be one on which the feature fires, and there it fires where a term ends and, half as much with every token, after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from training.explain.segments import LONGEST
 from training.explain.vocabulary import TermKey, vocabulary_of
 from training.simulation.samples import Sample
 
-DECAY = 0.5  # a token
 _CHUNK = 512  # segments
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -94,15 +93,16 @@ class ExecutableSimulator:
         used = np.unique(chosen.indices)
         weights = chosen[used].toarray()
         terms = self.by_token[:, used]
-        parts = [np.zeros((0, len(predicates)), dtype=np.float32)]
+        parts: list[FloatArray] = [np.zeros((0, len(predicates)), dtype=np.float32)]
         for start in range(0, len(places), _CHUNK):
             part = places[start : start + _CHUNK]
             lengths = self.first[part + 1] - self.first[part]
-            felt = terms[self.rows(part)].toarray()  # how much of each term is left at each token
+            z = terms[self.rows(part)] @ weights + self.biases[predicates]
+            felt: FloatArray = (sigmoid(z) / 2).astype(np.float32)
             within = np.arange(len(felt)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             for position in range(1, LONGEST):
                 here = np.flatnonzero(within == position)
-                felt[here] = np.maximum(felt[here], DECAY * felt[here - 1])
-            whole = np.repeat(self.segments(part, predicates), lengths, axis=0)
-            parts.append(whole * sigmoid(felt @ weights + self.biases[predicates]).astype(np.float32))
+                felt[here] += felt[here - 1] / 2
+            felt *= np.repeat(self.segments(part, predicates), lengths, axis=0)
+            parts.append(felt)
         return np.concatenate(parts)

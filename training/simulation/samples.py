@@ -13,8 +13,8 @@ import numpy.typing as npt
 from training.explain.segmented import FIRES, SegmentedText, grade
 from training.selected import FeatureKey
 
-SEGMENTS = 240  # a correlation of 0.2 happens by chance 14 % of the time among 40 segments, 0.2 % among 200
-FIRING = 120  # of them, at most
+SEGMENTS = 400  # a correlation of 0.2 happens by chance 14 % of the time among 40 segments, 0.2 % among 200
+FIRING = 200  # of them, at most
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
