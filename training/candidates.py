@@ -12,7 +12,7 @@ from scipy import sparse
 from feature_bank.schema import Duplicate, Pooling
 from feature_bank.taxonomy import Taxonomy
 from training.activations import encode_tokens
-from training.contrast import ContrastTexts
+from training.contrast import ContrastTexts, inlier_rows
 from training.corpus import Document
 from training.harvest import Harvest
 from training.heads import contrast_rows, fit_heads, mean_difference, steering_features
@@ -37,9 +37,9 @@ class ContrastActs:
     """What candidates do on the taxonomy's texts."""
 
     fired: npt.NDArray[np.bool_]
-    """(texts, F): whether it fires on any token."""
+    """(texts, F): whether it fires on any token but the attention sinks, on which thousands of features fire."""
     peak: FloatArray
-    """(texts, F): its largest normalised activation."""
+    """(texts, F): its largest normalised activation on those."""
     pooled: FloatArray
     """(texts, F): its mean clipped activation, as heads read it."""
 
@@ -95,14 +95,18 @@ def on_contrasts(
     pooling: Pooling,
 ) -> ContrastActs:
     """What the features do on the taxonomy's texts."""
-    acts = encode(hooks, keys, contrasts.cache, scales).acts.astype(np.float32)
+    encoded = encode(hooks, keys, contrasts.cache, scales)
+    acts = encoded.acts.astype(np.float32)
     documents = contrasts.cache.documents
     shape = (len(contrasts.texts.documents), acts.shape[1])
     peak, total = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     starts = np.flatnonzero(np.diff(documents, prepend=-1))
     present = documents[starts]
-    peak[present] = np.maximum.reduceat(acts, starts)
     total[present] = np.add.reduceat(np.minimum(acts, pooling.ceiling), starts)
+    for name in {hook_name for hook_name, _ in encoded.keys}:
+        columns = [i for i, (hook_name, _) in enumerate(encoded.keys) if hook_name == name]
+        acts[np.ix_(~inlier_rows(contrasts.cache, name), columns)] = 0.0
+    peak[present] = np.maximum.reduceat(acts, starts)
     count = np.bincount(documents, minlength=shape[0])
     mean = total / np.maximum(count, pooling.min_tokens).astype(np.float32)[:, None]
     return ContrastActs(fired=peak > 0, peak=peak, pooled=mean)

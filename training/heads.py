@@ -17,7 +17,7 @@ from training.discovery import auroc, labels, screen
 from training.selected import FeatureKey
 
 FloatArray = npt.NDArray[np.float32]
-SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)  # of a head's features that are tried, fewest first
+SHARES = (0.25, 0.375, 0.5, 0.75)  # of a head's features that are tried, fewest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,8 @@ def fit_small_heads(
 ) -> dict[str, FittedHead]:
     """`fit_heads`, and then as few features a domain as cost at most `tolerance` of AUROC on the calibration split.
 
-    Every feature that is left out saves its share of the guard's time at every token. An eighth, a quarter, three
-    eighths, a half and three quarters of `max_features` are tried.
+    Every feature that is left out saves its share of the guard's time at every token. A quarter, three eighths,
+    a half and three quarters of `max_features` are tried.
     """
     options: dict[str, Any] = {"candidates": candidates, "allowed": allowed}
     heads = fit_heads(pooled, documents, max_features=max_features, report=report, **options)
