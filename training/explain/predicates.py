@@ -14,9 +14,9 @@ from training.explain.terms import MIN_DOCUMENTS, log_odds_z, significant
 from training.explain.vocabulary import TermKey, Vocabulary
 
 LARGEST = 12  # terms of a predicate
-CANDIDATES = 60  # terms that a feature's choice is made from
+CANDIDATES = 100  # terms that a feature's choice is made from
 LEAST_SEGMENTS = 4  # in which a term must occur
-LEAST_GAIN = 0.002  # of the loss without terms, that each must save on held-out text
+LEAST_GAIN = 0.001  # of the loss without terms, that each must save on held-out text
 CASES, CONTROLS = 1000, 2000  # sampled of the segments on which a feature fires, and of the others
 _PRIOR = 500.0  # segments' worth of the terms' common frequencies that the log-odds are smoothed with
 _BLOCK = 128  # features screened at a time

@@ -4,7 +4,7 @@ A segment's prediction is p = sigmoid(bias + the weights of the terms that occur
 
 A token's prediction is p * (q_0 / 2 + q_1 / 4 + q_2 / 8 + ...), where q_0 = sigmoid(bias + the weights of the terms
 that end at the token), q_1 the same of the token before it, and so on to the segment's beginning. In words: the segment
-must be one on which the feature fires, and there it fires where a term ends and, half as much with every token, after it.
+must be one on which the feature fires, and there it fires where a term ends and, half as much with every token, after.
 """
 
 from __future__ import annotations
