@@ -118,7 +118,8 @@ def summarise(
     rank = float(spearmanr(corr["segment"], corr["token"]).statistic)
     figures["segment_rank_correlation"] = Figure(value=round(rank, 4), unit="spearman", n=len(both))
     draws = np.random.default_rng(0).integers(0, len(both), (500, len(both)))
-    resampled = [float(spearmanr(corr["segment"][d], corr["token"][d]).statistic) for d in draws]
+    varied = [d for d in draws if all(np.ptp(corr[level][d]) > 0 for level in LEVELS)]
+    resampled = [float(spearmanr(corr["segment"][d], corr["token"][d]).statistic) for d in varied]
     detail["segment_rank_correlation_95"] = [round(float(q), 4) for q in np.quantile(resampled, (0.025, 0.975))]
     return figures, detail
 

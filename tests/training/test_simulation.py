@@ -52,7 +52,7 @@ def truth(grades: list[int] | np.ndarray, documents: np.ndarray | None = None, c
 
 
 def test_planted_words_score_near_one_above_their_null(text: SegmentedText, tokenizer: WordTokenizer) -> None:
-    acts = firing_where(text, lambda p: p == "harbour", lambda p: p == "lantern", lambda p: p == "票")
+    acts = firing_where(text, lambda p: p == "harbour", lambda p: p == "lantern")
     for by_level in scored(acts, text, tokenizer):
         assert [s.level for s in by_level] == ["segment", "token"]
         for s in by_level:

@@ -63,20 +63,23 @@ def collect_evidence(
     numbers = text.numbers("discovery", "calibration", own=quotable_only)
     segments = text.segments.take(numbers)
     maxima = segments.maxima(acts)
-    labelled = [text.documents[d].domains for d in segments.documents]
+    labelled = {
+        domain: np.array([domain in d.domains for d in text.documents], dtype=bool)[segments.documents]
+        for domain in {name for row in domains for name in row}
+    }
     holding = _holding(numbers, text, {token for row in triggers for token in row})
     found = []
     for i, key in enumerate(keys):
         generator = np.random.default_rng(_seed(seed, key))
         strength = maxima[:, i].astype(np.float32)
         silent = strength == 0
-        of_domain = np.array([bool(labels & set(domains[i])) for labels in labelled], dtype=bool)
+        of_domain = np.any([labelled[domain] for domain in domains[i]], axis=0) & silent
         lookalike = np.zeros(len(numbers), dtype=bool)
         for token in triggers[i]:
             lookalike[holding[token]] = True
         pools: list[tuple[Reason, npt.NDArray[np.bool_]]] = [
             ("lookalike", silent & lookalike),
-            ("same_domain", silent & of_domain),
+            ("same_domain", of_domain),
             ("random", silent),
         ]
         negatives: list[Excerpt] = []

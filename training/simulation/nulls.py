@@ -10,6 +10,7 @@ from torch import Tensor
 
 _CHUNK = 8192
 _QUANTILE = 0.999
+_LARGEST = 6e4  # of half precision
 
 
 @torch.inference_mode()
@@ -29,7 +30,8 @@ def random_directions(
     found = np.empty((activations.shape[0], len(density)), dtype=np.float16)
     mean = activations.float().mean(0)
     for start in range(0, activations.shape[0], _CHUNK):
-        found[start : start + _CHUNK] = ((activations[start : start + _CHUNK].float() - mean) @ directions).numpy()
+        projected = (activations[start : start + _CHUNK].float() - mean) @ directions
+        found[start : start + _CHUNK] = projected.clamp_(-_LARGEST, _LARGEST).numpy()
     for i, share in enumerate(density.tolist()):
         column = found[:, i].astype(np.float32)
         threshold, scale = np.quantile(column, (1 - min(share, 1.0), _QUANTILE))
