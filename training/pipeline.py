@@ -20,11 +20,11 @@ from feature_bank.errors import DataError, SailguardError
 from feature_bank.formats.saelens import WEIGHTS_FILE
 from feature_bank.identity import weights_digest
 from feature_bank.schema import CorpusRecord, ModelIdentity, Pooling
-from feature_bank.taxonomy import load_taxonomy
+from feature_bank.taxonomy import Taxonomy, load_taxonomy, taxonomy_files
 from guard.hook_points import parse_hook_name
 from training.admission import AdmissionRules
 from training.candidates import Contrasts
-from training.contrast import harvest_contrasts, taxonomy_texts
+from training.contrast import LICENCE, harvest_contrasts, taxonomy_texts
 from training.corpus import Document, TokenSequence, corpus_hash, read_documents, tokenise
 from training.harvest import Harvest, harvest
 from training.packing import build_bank
@@ -164,11 +164,24 @@ def prepare(
     hooks = _train_hooks(cache, identity, preset, work, report)
     return Prepared(
         documents=documents,
-        records=records,
+        records=[*records, *_taxonomy_records(preset.taxonomy, taxonomy)],
         cache=cache,
         hooks=hooks,
         contrasts=Contrasts(taxonomy=taxonomy, texts=texts, cache=pairs),
     )
+
+
+def _taxonomy_records(folder: Path | None, taxonomy: Taxonomy) -> list[CorpusRecord]:
+    """The taxonomy's files as corpora: what is measured on the contrast pairs rests on them."""
+    return [
+        CorpusRecord(
+            name=f"taxonomy/{path.name}",
+            licence=LICENCE,
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            rows=sum(1 for concept in taxonomy[domain].concepts for _ in concept.texts()),
+        )
+        for domain, path in zip(taxonomy, taxonomy_files(folder), strict=True)
+    ]
 
 
 def train_bank(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from feature_bank.taxonomy.domains import DOMAINS, Domain
-from feature_bank.taxonomy.files import Taxonomy, load_taxonomy, normalised
+from feature_bank.taxonomy.files import Taxonomy, load_taxonomy, normalised, taxonomy_files
 from feature_bank.taxonomy.records import Concept, DomainTaxonomy, HardNegative, Pair, Subtopic
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Taxonomy",
     "load_taxonomy",
     "normalised",
+    "taxonomy_files",
 ]

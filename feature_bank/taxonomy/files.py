@@ -38,6 +38,12 @@ def load_taxonomy(folder: Path | None = None) -> Taxonomy:
     return found
 
 
+def taxonomy_files(folder: Path | None = None) -> list[Path]:
+    """The files that `load_taxonomy` reads."""
+    place = SHIPPED if folder is None else folder
+    return [path for domain in DOMAINS if (path := place / f"{domain}.yaml").is_file()]
+
+
 def normalised(text: str) -> str:
     """What makes two texts the same: letters and digits alone, whatever their case and width."""
     folded = unicodedata.normalize("NFKC", text).casefold()

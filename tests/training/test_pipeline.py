@@ -61,7 +61,11 @@ def test_the_bank_verifies_and_the_guard_takes_it(workshop: Workshop, trained: T
     assert bank.content_hash == trained.bank.content_hash
     assert set(bank.heads) == {"politics"}
     assert bank.hook_names == HOOKS
-    assert [record.rows for record in bank.manifest.corpus] == [160, 50]
+    assert [(record.name, record.rows) for record in bank.manifest.corpus] == [
+        ("labelled.jsonl", 160),
+        ("general.jsonl", 50),
+        ("taxonomy/politics.yaml", 50),
+    ]
     policy = make_policy({"domain": "politics", "scope": ["prompt", "response"], "action": "flag"})
     with Guard.from_bank(trained.out, policy=policy).attach(workshop.model, workshop.tokenizer) as attached:
         present, absent = attached.score([" ".join(POLITICS), " ".join(OTHERS)], ["passage", "passage"])
