@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from guard.models import LoadedModel, load_model
+from tests.factories import make_tiny_model
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -108,24 +109,7 @@ def embedded() -> LoadedModel:
 @pytest.fixture
 def tiny_model() -> LlamaForCausalLM:
     """A Llama of 4 layers and width 32 with seeded random weights, new for each test."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    return model.to(torch.float32).eval().requires_grad_(False)
+    return make_tiny_model()
 
 
 @pytest.fixture(scope="session")

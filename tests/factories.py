@@ -1,11 +1,11 @@
-"""Builders of what tests need: a small random bank that belongs to the tiny model, and policies for it."""
+"""Builders of what tests need: the tiny model, a small random bank that belongs to it, and policies."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,11 +20,36 @@ from guard.encoder import SelectedEncoder
 from guard.hook_points import parse_hook_name
 from guard.policy import Policy
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 HOOKS = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
 PER_HOOK = 12
 CANARY = "A small bird sang in the garden; nobody listened, 42 times."
 POOLING = Pooling(window=8, min_tokens=2, ceiling=4.0, evidence_tokens=3)
 ALWAYS, NEVER = 40.0, -40.0
+
+
+def make_tiny_model() -> LlamaForCausalLM:
+    """A Llama of 4 layers and width 32 with seeded random weights, in float32, ready to be read."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    return model.to(torch.float32).eval().requires_grad_(False)
 
 
 def make_bank(

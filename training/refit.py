@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from feature_bank.review import EffectiveLabel, carry_reviews, effective, load_reviews, rejected_ids
-
 from feature_bank.bank import Bank, save_bank
 from feature_bank.errors import DataError
 from feature_bank.identity import check_identity
+from feature_bank.review import EffectiveLabel, carry_reviews, effective, load_reviews, rejected_ids
 from feature_bank.schema import Explainer, FeatureRecord, ModelIdentity
 from training.candidates import encode
 from training.packing import cut_rows, fit_guard, guard_records, make_canary, pool_hooks

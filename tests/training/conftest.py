@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.factories import make_tiny_model
 from tests.training.workshop import OTHERS, POLITICS, SECRET, Trained, Workshop, rows, write_taxonomy
 
 
@@ -23,24 +24,6 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Workshop:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=260,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=2,
-            )
-        )
     folder = tmp_path_factory.mktemp("workshop")
     write_taxonomy(folder / "taxonomy")
     labelled, general = folder / "labelled.jsonl", folder / "general.jsonl"
@@ -49,7 +32,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> W
     generator = np.random.default_rng(1)
     texts = [" ".join(generator.choice(words, 6)) for _ in range(50)]
     general.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return Workshop(model.eval().requires_grad_(False), tiny_tokenizer, folder, [labelled, general])
+    return Workshop(make_tiny_model(), tiny_tokenizer, folder, [labelled, general])
 
 
 @pytest.fixture(scope="session")
