@@ -104,8 +104,9 @@ def on_contrasts(
     present = documents[starts]
     total[present] = np.add.reduceat(np.minimum(acts, pooling.ceiling), starts)
     for name in {hook_name for hook_name, _ in encoded.keys}:
-        columns = [i for i, (hook_name, _) in enumerate(encoded.keys) if hook_name == name]
-        acts[np.ix_(~inlier_rows(contrasts.cache, name), columns)] = 0.0
+        columns = np.array([i for i, (hook_name, _) in enumerate(encoded.keys) if hook_name == name], dtype=np.int64)
+        sinks = np.flatnonzero(~inlier_rows(contrasts.cache, name))
+        acts[np.ix_(sinks, columns)] = 0.0
     peak[present] = np.maximum.reduceat(acts, starts)
     count = np.bincount(documents, minlength=shape[0])
     mean = total / np.maximum(count, pooling.min_tokens).astype(np.float32)[:, None]
