@@ -40,6 +40,8 @@ def refit_bank(
     """
     bank = Bank.load(source)
     check_identity(model, tokenizer, bank.manifest.model)
+    if not (work / "run.json").is_file():  # a new folder would be filled by reading and training all anew
+        raise DataError(f"{work} is no work folder of a training run; name that of the run that made {bank.version}")
     rejected = rejected_ids(source)
     labels = effective(bank, load_reviews(source).reviews)
     prepared = prepare(

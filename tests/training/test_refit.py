@@ -116,6 +116,14 @@ def test_a_bank_of_another_run_and_one_with_everything_rejected_are_refused(
     assert not (tmp_path / "next").exists()
 
 
+def test_a_folder_that_no_run_has_worked_in_is_refused_before_anything_is_read(
+    workshop: Workshop, trained: Trained, reviewed: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no work folder of a training run"):
+        refit(workshop, trained._replace(work=tmp_path / "none"), reviewed, tmp_path / "next")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("version", "expected"), [("0.2.0", "0.2.1"), ("1", "2"), ("2.9", "2.10"), ("1.0-rc1", "1.0-rc2"), ("x", "x.1")]
 )
