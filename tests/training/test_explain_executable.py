@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from feature_bank.errors import DataError
 from feature_bank.schema import Predicate, PredicateTerm
 from feature_bank.taxonomy import load_taxonomy
 from tests.training.planted import (
@@ -28,6 +29,7 @@ from training.explain.lexicons import Lexicon, concept_lexicons
 from training.explain.logistic import fit_logistic, select_forward, sigmoid
 from training.explain.segmented import SegmentedText
 from training.explain.wording import NOTHING, wording
+from training.simulation.fidelity import score_features
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +152,25 @@ def test_an_explanation_depends_on_its_own_feature_alone(text: SegmentedText, to
     together = explain(acts, text, tokenizer)
     assert bytes_of(together) == bytes_of(explain(acts, text, tokenizer))
     assert bytes_of(together[:1]) == bytes_of(explain(acts[:, :1].copy(), text, tokenizer))
+
+
+def test_splits_without_a_document_are_an_error_or_nothing_to_measure(tokenizer: WordTokenizer) -> None:
+    documents = [dataclasses.replace(d, split="discovery") for d in planted_documents(60)]
+    text = cut(documents, tokenizer)
+    acts = firing_where(text, lambda piece: piece == "harbour")
+    (found,) = explain(acts, text, tokenizer)
+    assert predicate(found).terms[0].text == "harbour"
+    assert score_features(acts, keys(1), [predicate(found)], text, small_taxonomy(), seed=0) == [[]]
+    elsewhere = cut([dataclasses.replace(d, split="test") for d in documents], tokenizer)
+    with pytest.raises(DataError, match="discovery split"):
+        explain(acts, elsewhere, tokenizer)
+
+
+def test_without_text_of_the_project_no_term_is_shown(tokenizer: WordTokenizer) -> None:
+    text = cut([dataclasses.replace(d, source="elsewhere") for d in planted_documents(60)], tokenizer)
+    (found,) = explain(firing_where(text, lambda piece: piece == "harbour"), text, tokenizer)
+    assert "harbour" not in found.explanation.text
+    assert "harbour" not in repr((found.trigger_tokens, found.ngrams))
 
 
 def test_only_words_of_the_projects_own_text_are_shown(tokenizer: WordTokenizer) -> None:

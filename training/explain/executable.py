@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from feature_bank.errors import DataError
 from feature_bank.schema import Explainer, Predicate, Term
 from feature_bank.taxonomy import Taxonomy
 from training.explain.interface import Explanation
@@ -58,10 +59,16 @@ def explain_features(
     """One explanation a feature, in order; each depends on its own activations and the seed, not on the other features.
 
     acts: (tokens, F) normalised activations of the whole harvest, zero where the feature does not fire.
+
+    Raises DataError if no document lies in the discovery split. Without calibration documents, discovery stands in.
     """
     lexicons = concept_lexicons(taxonomy)
     vocabulary = showable_vocabulary(text.documents, taxonomy, lexicons, tokenizer)
     fitted, held = text.numbers("discovery"), text.numbers("calibration")
+    if not len(fitted):
+        raise DataError("no document lies in the discovery split, so nothing can be explained; give more text")
+    if not len(held):
+        held = fitted
     present = vocabulary.occurrences(text.segments.take(fitted), text.texts).by_segment
     present_held = vocabulary.occurrences(text.segments.take(held), text.texts).by_segment
     fires = text.segments.take(fitted).maxima(acts) >= FIRES

@@ -73,7 +73,7 @@ def frequent_ngrams(
     common = np.flatnonzero(totals >= LEAST_SEGMENTS)
     here, totals, columns = here[:, common], totals[common], columns[common]
     for number, inside in _counted(fires, here):
-        if inside.sum() == 0 or inside.sum() == totals.sum():
+        if inside.sum() == 0 or inside.sum() == totals.sum() or len(totals) == 1:
             yield []
             continue
         z = log_odds_z(inside, totals - inside, totals * (_PRIOR / totals.sum()))
@@ -101,7 +101,7 @@ def _counted(fires: BoolArray, present: sparse.csc_matrix) -> Iterator[tuple[int
 def _screen(inside: npt.NDArray[np.float64], totals: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """The terms that go with a feature's segments or with the others, strongest first; three quarters the former."""
     outside = totals - inside
-    if inside.sum() == 0 or outside.sum() == 0:
+    if inside.sum() == 0 or outside.sum() == 0 or len(totals) == 1:  # one term alone has no odds against others
         return np.zeros(0, dtype=np.int64)
     z = log_odds_z(inside, outside, totals * (_PRIOR / totals.sum()))
     found = []

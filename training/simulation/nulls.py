@@ -28,7 +28,7 @@ def random_directions(
     directions = torch.randn(activations.shape[1], len(density), generator=generator)
     directions /= directions.norm(dim=0)
     found = np.empty((activations.shape[0], len(density)), dtype=np.float16)
-    mean = activations.float().mean(0)
+    mean = activations.mean(0, dtype=torch.float32)
     for start in range(0, activations.shape[0], _CHUNK):
         projected = (activations[start : start + _CHUNK].float() - mean) @ directions
         found[start : start + _CHUNK] = projected.clamp_(-_LARGEST, _LARGEST).numpy()
