@@ -21,7 +21,7 @@ from training.explain.executable import explain_features
 from training.explain.lexicons import concept_lexicons
 from training.explain.logistic import sigmoid
 from training.explain.segmented import SegmentedText, grade
-from training.simulation.executable import ExecutableSimulator
+from training.simulation.executable import KEPT, ExecutableSimulator
 from training.simulation.fidelity import score_features
 from training.simulation.nulls import random_directions
 from training.simulation.samples import Sample, Truth, choose_samples
@@ -56,11 +56,11 @@ def test_planted_words_score_near_one_above_their_null(text: SegmentedText, toke
     for by_level in scored(acts, text, tokenizer):
         assert [s.level for s in by_level] == ["segment", "token"]
         for s in by_level:
-            assert s.corr > (0.98 if s.level == "segment" else 0.8)  # a token after the word is felt a little, too
-            assert s.corr_low > 0.75 > 0.5 > s.corr_null
+            assert s.corr > (0.98 if s.level == "segment" else 0.7)  # a token after the word is felt a little, too
+            assert s.corr_low > 0.65 > 0.5 > s.corr_null
             assert s.auroc is not None
             assert s.auroc > 0.99
-            assert (s.balanced_accuracy or 0) > 0.94
+            assert (s.balanced_accuracy or 0) > 0.9
             assert (s.pr_auc or 0) > 0.97
             assert (s.simulator, s.missing) == ("executable", 0)
 
@@ -172,7 +172,7 @@ def test_predictions_follow_the_predicate(text: SegmentedText) -> None:
             peak = tokens.index("harbour")
             q = np.full(len(tokens), float(sigmoid(np.array(-2.0))))
             q[peak] = sigmoid(np.array(1.0))
-            expected = [whole[place] * sum(q[t - k] / 2 ** (k + 1) for k in range(t + 1)) for t in range(len(tokens))]
+            expected = [whole[place] * sum(q[t - k] * KEPT**k for k in range(t + 1)) / 3 for t in range(len(tokens))]
             np.testing.assert_allclose(here, expected, rtol=1e-4)
     assert start == len(by_token)
 

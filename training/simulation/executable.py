@@ -2,10 +2,9 @@
 
 A segment's prediction is p = sigmoid(bias + the weights of the terms that occur in it).
 
-A token's prediction is p * (q_0 / 2 + q_1 / 4 + q_2 / 8 + ...), where q_0 = sigmoid(bias + the weights of the terms
-that end at the token), q_1 the same of the token before it, and so on to the segment's beginning. In words: the
-segment must be one on which the feature fires, and there it fires where a term ends and, half as much with every token,
-after it.
+A token's prediction is p * (q_0 + q_1 * 2/3 + q_2 * (2/3)^2 + ...) / 3, where q_0 = sigmoid(bias + the weights of the
+terms that end at the token), q_1 the same of the token before it, and so on to the segment's beginning. In words: the
+segment must be one on which the feature fires, and there it fires where a term ends and, less with every token, after.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from training.explain.segments import LONGEST
 from training.explain.vocabulary import TermKey, vocabulary_of
 from training.simulation.samples import Sample
 
+KEPT = 2 / 3  # of what a term does, from a token to the next
 _CHUNK = 512  # segments
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -99,11 +99,11 @@ class ExecutableSimulator:
             part = places[start : start + _CHUNK]
             lengths = self.first[part + 1] - self.first[part]
             z = terms[self.rows(part)] @ weights + self.biases[predicates]
-            felt: FloatArray = (sigmoid(z) / 2).astype(np.float32)
+            felt: FloatArray = (sigmoid(z) * (1 - KEPT)).astype(np.float32)
             within = np.arange(len(felt)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             for position in range(1, LONGEST):
                 here = np.flatnonzero(within == position)
-                felt[here] += felt[here - 1] / 2
+                felt[here] += KEPT * felt[here - 1]
             felt *= np.repeat(self.segments(part, predicates), lengths, axis=0)
             parts.append(felt)
         return np.concatenate(parts)
