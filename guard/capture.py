@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from guard.hook_points import execution_order, resolve
+from guard.hook_points import blocks_before, execution_order, resolve
 
 Observer = Callable[[str, Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"] | None]
 """Called with (hook_name, activation); a returned tensor replaces the activation, None leaves it untouched."""
@@ -92,6 +92,29 @@ def truncated_forward(
     with Capture(model, hook_names, observer), suppress(StopForwardError):
         model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     return found
+
+
+@contextmanager
+def skipped_before(model: nn.Module, hook_name: str) -> Iterator[None]:
+    """Within this context the blocks that end at or before a hook point hand on what they are given.
+
+    An observer there that puts an activation of an earlier pass in place resumes that pass from the hook point on.
+    """
+
+    def hand_on(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return hidden
+
+    skipped = [(block, vars(block).get("forward")) for block in blocks_before(model, hook_name)]
+    try:
+        for block, _ in skipped:
+            block.forward = hand_on
+        yield
+    finally:
+        for block, own in skipped:
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = own
 
 
 def pad_batch(

@@ -68,18 +68,31 @@ def resolve(model: nn.Module, name: str) -> HookTarget:
     Raises GuardError for an architecture outside the table or a layer the model does not have.
     """
     point = parse_hook_name(name)
-    paths = _ARCHITECTURES.get(type(model).__name__)
-    if paths is None:
-        known = ", ".join(sorted(_ARCHITECTURES))
-        raise GuardError(f"architecture {type(model).__name__!r} is not in the hook table; known are {known}")
-    blocks = model.get_submodule(paths.blocks)
-    assert isinstance(blocks, nn.ModuleList)  # so it is in every architecture of the table
+    blocks, paths = _blocks(model)
     if point.layer >= len(blocks):
         raise GuardError(f"hook point {name!r}: the model has layers 0 to {len(blocks) - 1}")
     block = blocks[point.layer]
     if point.site == "mlp_out":
         return HookTarget(block.get_submodule(paths.mlp), takes_input=False)
     return HookTarget(block, takes_input=point.site == "resid_pre")
+
+
+def blocks_before(model: nn.Module, name: str) -> list[nn.Module]:
+    """The blocks that end at or before a hook point; raises as `resolve` does."""
+    resolve(model, name)
+    point = parse_hook_name(name)
+    blocks, _ = _blocks(model)
+    return list(blocks)[: point.layer + (point.site == "resid_post")]
+
+
+def _blocks(model: nn.Module) -> tuple[nn.ModuleList, _Paths]:
+    paths = _ARCHITECTURES.get(type(model).__name__)
+    if paths is None:
+        known = ", ".join(sorted(_ARCHITECTURES))
+        raise GuardError(f"architecture {type(model).__name__!r} is not in the hook table; known are {known}")
+    blocks = model.get_submodule(paths.blocks)
+    assert isinstance(blocks, nn.ModuleList)  # so it is in every architecture of the table
+    return blocks, paths
 
 
 def execution_order(name: str) -> tuple[int, int]:

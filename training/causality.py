@@ -8,6 +8,7 @@ taxonomy's train pairs and hard negatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from feature_bank.sae import SAE
 from feature_bank.schema import Causality
 from feature_bank.taxonomy import DOMAINS, Domain
-from guard.capture import Capture, pad_batch
+from guard.capture import Capture, pad_batch, skipped_before
+from guard.hook_points import parse_hook_name
 from training.contrast import MAX_TOKENS, ContrastTexts
-from training.corpus import TokenSequence, tokenise
+from training.corpus import tokenise
 from training.discovery import auroc
 from training.selected import FeatureKey
 
@@ -53,13 +55,21 @@ class Judge:
 
 
 class TextModel:
-    """The model over the contrast texts, with or without a change on the way: mean activation after its last block."""
+    """The model over the contrast texts, with or without a change on the way: mean activation after its last block.
 
-    def __init__(self, model: Any, tokenizer: Any, texts: ContrastTexts) -> None:
+    What the unchanged model has at `hook_names` is kept, n_tokens * d_in floats each, and a changed pass goes on from
+    there: the blocks before a change are not run again for each feature.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, texts: ContrastTexts, hook_names: Sequence[str] = ()) -> None:
         self._model = model
         self._device = next(model.parameters()).device
         self._sequences = {s.document: s for s in tokenise(texts.documents, tokenizer, max_tokens=MAX_TOKENS)}
         self._last = f"blocks.{model.config.num_hidden_layers - 1}.hook_resid_post"
+        # Within a block there is nothing to go on from
+        self._kept: dict[str, dict[int, Tensor]] = {
+            name: {} for name in hook_names if parse_hook_name(name).site != "mlp_out"
+        }
 
     @property
     def rows(self) -> list[int]:
@@ -70,7 +80,7 @@ class TextModel:
         """The mean activation over each text's own tokens, in the order of `rows`."""
         found = np.empty((len(rows), self._model.config.hidden_size), dtype=np.float32)
         for batch in self._batches(rows):
-            found[batch] = self._batch([self._sequences[rows[i]] for i in batch], batch, change)
+            found[batch] = self._batch([rows[i] for i in batch], batch, change)
         return found
 
     def _batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
@@ -86,18 +96,30 @@ class TextModel:
             yield batch
 
     @torch.inference_mode()
-    def _batch(self, sequences: Sequence[TokenSequence], items: list[int], change: Change | None) -> FloatArray:
+    def _batch(self, rows: list[int], items: list[int], change: Change | None) -> FloatArray:
+        sequences = [self._sequences[row] for row in rows]
         ids, mask = pad_batch([s.ids for s in sequences], 0, self._device)
+        kept = None if change is None else self._kept.get(change.hook_name)
+        resumed = kept is not None and all(row in kept for row in rows)
         last: list[Tensor] = []
 
         def observer(name: str, hidden: Tensor) -> Tensor | None:
-            changed = change.apply(hidden, items) if change is not None and name == change.hook_name else None
+            changed = None
+            if change is None and name in self._kept:
+                for row, s, here in zip(rows, sequences, hidden, strict=True):
+                    self._kept[name][row] = here[: len(s.ids)].clone()
+            elif change is not None and name == change.hook_name:
+                if resumed:
+                    assert kept is not None
+                    hidden = torch.nn.utils.rnn.pad_sequence([kept[row] for row in rows], batch_first=True)
+                changed = change.apply(hidden, items)
             if name == self._last:
                 last.append(hidden if changed is None else changed)
             return changed
 
-        hooks = [self._last] if change is None else list(dict.fromkeys([change.hook_name, self._last]))
-        with Capture(self._model, hooks, observer):
+        hooks = dict.fromkeys([*(self._kept if change is None else [change.hook_name]), self._last])
+        skipped = skipped_before(self._model, change.hook_name) if change is not None and resumed else nullcontext()
+        with Capture(self._model, list(hooks), observer), skipped:
             self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
         means = [
             last[0][row, torch.from_numpy(s.positions)].float().mean(0).cpu().numpy() for row, s in enumerate(sequences)

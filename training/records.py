@@ -120,7 +120,7 @@ def _causality(
     report: Report,
 ) -> tuple[dict[FeatureKey, Causality], dict[str, float]]:
     """What ablating each feature that finds a domain does; features that find none are left out."""
-    reader = TextModel(model, tokenizer, contrasts.texts)
+    reader = TextModel(model, tokenizer, contrasts.texts, [hook.sae.hook_name for hook in hooks])
     judge, means = fit_judge(reader, contrasts.texts)
     tagged = [i for i, found in enumerate(domains) if found]
     effects = ablation_effects(

@@ -76,6 +76,31 @@ def test_a_feature_that_never_fires_moves_nothing_and_the_batch_does_not_matter(
     assert found[features[1]].high["politics"] >= found[features[1]].effects["politics"]
 
 
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "mlp_out"])
+def test_a_pass_resumed_at_the_hook_point_gives_what_the_whole_pass_does_and_leaves_the_model_as_it_was(
+    tiny_model: Any, tiny_tokenizer: Any, site: str
+) -> None:
+    given, width, hook_name = texts(), tiny_model.config.hidden_size, f"blocks.1.hook_{site}"
+    sae = random_sae(d_in=width, d_sae=6)
+    whole = TextModel(tiny_model, tiny_tokenizer, given)
+    resuming = TextModel(tiny_model, tiny_tokenizer, given, [hook_name])
+    before = whole.read(whole.rows)
+    np.testing.assert_array_equal(resuming.read(resuming.rows), before)
+    rows = resuming.rows[:9] * 2
+    items = torch.arange(len(rows)) % 6
+    change = Change(
+        hook_name=hook_name,
+        W_enc=sae.rows()[0].T[items],
+        b_enc=torch.full((len(rows),), 10.0),
+        threshold=sae.threshold[items],
+        W_dec=sae.W_dec[items],
+    )
+    changed = whole.read(rows, change)
+    assert not np.allclose(changed, before[:9].repeat(2, axis=0), atol=1e-3)
+    np.testing.assert_allclose(resuming.read(rows, change), changed, atol=1e-5)
+    np.testing.assert_array_equal(whole.read(whole.rows), before)
+
+
 def effects(**values: tuple[float, float]) -> Causality:
     return Causality(
         texts=8,
