@@ -9,6 +9,7 @@ import typer
 
 from feature_bank.errors import BankError
 from service.commands.bank_reader import read_labelled
+from service.commands.collections import collection_at, show_collection
 from service.commands.features import feature_json
 from service.commands.options import BankArgument, JsonOption
 from service.commands.terminal import output_console, plain, print_json
@@ -29,7 +30,11 @@ def show(
     path: BankArgument = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show all that a bank records of one feature, and its reviews."""
+    """Show all that a bank records of one feature, and its reviews; or what its publisher says, in a collection."""
+    collection = collection_at(path)
+    if collection is not None:
+        show_collection(collection, feature_id, as_json)
+        return
     bank, log, labels = read_labelled(path)
     feature = bank.by_id.get(feature_id)
     if feature is None:

@@ -10,6 +10,7 @@ import typer
 
 from feature_bank.errors import DataError
 from service.commands.bank_reader import read_labelled
+from service.commands.collections import collection_at, list_collection
 from service.commands.options import BankArgument, JsonOption
 from service.commands.terminal import output_console, plain, print_json
 
@@ -76,10 +77,15 @@ def list_features(
 ) -> None:
     """List a bank's features with their explanations. auroc: how well one feature alone finds its domain.
 
-    Labels are those that reviews left.
+    Labels are those that reviews left. A collection that `bank import` made is listed as its publisher orders it.
     """
     from feature_bank.search import find_score
 
+    collection = collection_at(path, concept=concept, status=status, admitted=admitted, sort=sort is not SortKey.AUROC)
+    if collection is not None:
+        scores = _parse_scores(min_score)
+        list_collection(collection, "", domain=domain, layer=layer, min_scores=scores, limit=limit, as_json=as_json)
+        return
     bank, _, labels = read_labelled(path)
     chosen = _filter(domain, concept, layer, status, min_score, admitted).select(bank, labels)
     if sort is SortKey.AUROC:
@@ -114,10 +120,15 @@ def search_features(
     """Find features by their texts: id, explanation, concepts, terms, promoted tokens, evidence.
 
     Every term of the query must occur, at the beginning of a word if there is such a word, else anywhere. Best matches
-    come first.
+    come first. In a collection that `bank import` made, every word must occur somewhere in an explanation.
     """
     from feature_bank.search import SearchIndex
 
+    collection = collection_at(path, concept=concept, status=status, admitted=admitted)
+    if collection is not None:
+        scores = _parse_scores(min_score)
+        list_collection(collection, query, domain=domain, layer=layer, min_scores=scores, limit=limit, as_json=as_json)
+        return
     bank, _, labels = read_labelled(path)
     wanted = _filter(domain, concept, layer, status, min_score, admitted).select(bank, labels)
     kept = {feature.id for feature in wanted}
@@ -162,8 +173,12 @@ def _filter(
         layer=layer,
         status=None if status is None else status.value,
         admitted=True if admitted else None,
-        min_scores=dict(map(_parse_score, min_score or ())),
+        min_scores=_parse_scores(min_score),
     )
+
+
+def _parse_scores(texts: Sequence[str] | None) -> dict[str, float]:
+    return dict(map(_parse_score, texts or ()))
 
 
 def _parse_score(text: str) -> tuple[str, float]:

@@ -99,6 +99,48 @@ def test_a_database_becomes_a_collection_with_counts(tmp_path: Path, run: Run, d
     assert text.stdout.splitlines()[1].split() == ["domain", "layer", "1", "layer", "2", "all"]
 
 
+def test_a_collection_is_listed_searched_and_shown(tmp_path: Path, run: Run, database: Path) -> None:
+    sail = tmp_path / "sail"
+    run("import", "safe-sail", database, "--out", sail)
+    features = {feature.id: feature for feature in load_collection(sail).features}
+
+    def ids(*args: object) -> list[str]:
+        return [row["id"] for row in json.loads(run(*args, "--json").stdout)]
+
+    assert ids("list", sail) == list(features)
+    assert ids("list", sail, "--limit", 2) == list(features)[:2]
+    assert ids("list", sail, "--domain", "violence") == [k for k, f in features.items() if "violence" in f.domains]
+    best = max(features.values(), key=lambda f: f.scores["corr_safe_sail"])
+    assert ids("list", sail, "--min-score", f"corr_safe_sail={best.scores['corr_safe_sail']}") == [best.id]
+    told = next(f for f in features.values() if f.explanations and not f.masked)
+    assert told.id in ids("search", told.explanations[0].text, sail)
+    assert ids("search", "zyzzyva", sail) == []
+    card = run("show", told.id, sail)
+    assert card.exit_code == 0
+    assert told.explanations[0].text in card.stdout
+    assert json.loads(run("show", told.id, sail, "--json").stdout) == told.model_dump()
+    assert f"{len(features)} of {len(features)} features" in run("list", sail).stdout
+    assert "0 of 0 features" in run("search", "zyzzyva", sail).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["list", "--concept", "politics/election_campaign"], ["--concept"]),
+        (["list", "--admitted", "--sort", "density"], ["--admitted", "--sort"]),
+        (["search", "a", "--status", "accepted"], ["--status"]),
+        (["list", "--min-score", "0.5"], ["'auroc'", "corr_safe_sail"]),
+        (["show", "L9/99"], ["L9/99"]),
+    ],
+)
+def test_what_a_collection_has_nothing_for_is_refused(
+    tmp_path: Path, run: Run, database: Path, arguments: list[str], parts: list[str]
+) -> None:
+    run("import", "safe-sail", database, "--out", tmp_path / "sail")
+    places = 2 if arguments[0] in ("search", "show") else 1
+    assert_error(run(*arguments[:places], tmp_path / "sail", *arguments[places:]), *parts)
+
+
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason="SAILGUARD_DATA names no folder with the published database")
 def test_the_published_database_is_imported_whole(tmp_path: Path, run: Run) -> None:
     result = run("import", "safe-sail", PUBLISHED, "--out", tmp_path / "out", "--json")
