@@ -2,10 +2,10 @@
 
     python -m benchmarks.explanation --data DIR --work FOLDER [--bank FOLDER] [--features N] [--docs]
 
-FOLDER is the work folder of the training run that made the bank from `fit.jsonl.gz` and `general.jsonl.gz` of DIR. A
-sample of the bank's features is explained and scored anew, each on the same segments at both levels; the cost of a
-language model is counted on the very prompts and the shortest right answers to them, without sending any. The result
-holds no text.
+FOLDER is the work folder of the training run that made the bank from `fit.jsonl.gz` and `general.jsonl.gz` of DIR. The
+bank's features, or a sample of them, are explained and scored anew, each on the same segments at both levels; the cost
+of a language model is counted on the very prompts and the shortest right answers to them, without sending any. The
+result holds no text.
 """
 
 from __future__ import annotations
@@ -230,8 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="work folder of the bank's training run")
     parser.add_argument("--bank", type=Path, help="bank folder; the shipped one if left out")
     parser.add_argument("--preset", default="smollm2-135m", help="the preset that the bank was made with")
-    parser.add_argument("--features", type=int, default=120, help="features of the bank, evenly over it")
+    parser.add_argument("--features", type=int, help="so many features, evenly over the bank; all if left out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--docs", action="store_true", help="put the figures into docs/performance.md")
     options = parser.parse_args(arguments)
 
     from feature_bank.bank import Bank, shipped_bank_path
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text, segmented_in = timed(
         lambda: segment_text(run.cache.token_ids, run.cache.documents, run.documents, tokenizer.decode)
     )
-    features = read_features(bank, run, options.features, CONTROLS)
+    features = read_features(bank, run, options.features or len(bank.features), CONTROLS)
     figures, detail = measure(features, text, tokenizer, load_taxonomy())
     detail |= {
         "bank": {"version": bank.version, "content_hash": bank.content_hash, "features": len(bank.features)},
@@ -268,6 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for key, figure in figures.items():
         print(f"{key}: {figure.value} {figure.unit}")
     print(write_result("explanation", figures, detail, packages=("scikit-learn", "scipy"), folder=options.out))
+    if options.docs:
+        from benchmarks.tables import update
+
+        update("explanation", options.out)
 
 
 if __name__ == "__main__":

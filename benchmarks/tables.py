@@ -15,7 +15,7 @@ from feature_bank.errors import DataError
 from feature_bank.taxonomy import DOMAINS
 
 BEGIN, END = "<!-- BEGIN table -->", "<!-- END table -->"
-TRAINING = "training"  # the name of the second pair of markers in docs/performance.md
+TRAINING, EXPLANATION = "training", "explanation"  # the names of further pairs of markers in docs/performance.md
 DOCS = Path(__file__).parents[1] / "docs"
 NOT_MEASURED = "No result is committed yet."
 _DETECTORS = ("bank", "probe", "tfidf", "keywords")
@@ -261,10 +261,17 @@ def _selection_tables(result: Result) -> str:
     return selection_tables(result)
 
 
+def _explanation_tables(result: Result) -> str:
+    from benchmarks.explanation_tables import explanation_tables
+
+    return explanation_tables(result)
+
+
 PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "quality": ("quality.md", "table", quality_tables),
     "overhead": ("performance.md", "table", overhead_tables),
     "training": ("performance.md", TRAINING, _training_tables),
+    "explanation": ("performance.md", EXPLANATION, _explanation_tables),
     "selection": ("selection.md", "table", _selection_tables),
 }
 """Result -> (page, name of its markers there, what stands between them)."""
