@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md, performance.md and selection.md, made from the committed results and nothing else.
+"""The tables of docs/quality.md, performance.md, training.md and selection.md, made from the committed results alone.
 
 `python -m benchmarks.tables` does it after a result was written without --docs.
 """
@@ -249,6 +249,22 @@ def _ms(values: dict[str, Any]) -> str:
     return f"{values['median']:.3g}"
 
 
+def bank_training_tables(result: Result) -> str:
+    """What docs/training.md shows of a run from text to bank."""
+    detail = result.detail
+    stages = [[stage, f"{seconds / 60:.1f}"] for stage, seconds in detail["stages"].items() if seconds >= 3]
+    minutes, peak = result.value("train_minutes"), result.value("train_peak_gb")
+    return "\n\n".join(
+        [
+            f"{result.date}, {result.machine.cores} cores, {result.machine.memory_gb} GB. Bank "
+            f"`{detail['bank']['version']}`: {detail['described']:,.0f} features described, "
+            f"{detail['bank']['features']} kept.",
+            markdown(["stage", "minutes"], [*stages, ["**all, start and end included**", f"**{minutes:.1f}**"]]),
+            f"Peak memory: {peak:.2f} GB.",
+        ]
+    )
+
+
 def _training_tables(result: Result) -> str:
     from benchmarks.training_tables import training_tables  # it uses what is above
 
@@ -271,6 +287,7 @@ PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "quality": ("quality.md", "table", quality_tables),
     "overhead": ("performance.md", "table", overhead_tables),
     "training": ("performance.md", TRAINING, _training_tables),
+    "bank_training": ("training.md", "table", bank_training_tables),
     "explanation": ("performance.md", EXPLANATION, _explanation_tables),
     "selection": ("selection.md", "table", _selection_tables),
 }
