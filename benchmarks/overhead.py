@@ -357,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     from benchmarks.tables import update
+    from guard.native import library
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -372,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": bench.loaded.model_id,
         "dtype": "float32",
         "threads": torch.get_num_threads(),
+        "compiled_step": library() is not None,
         "tokens": options.tokens,
         "prefill_tokens": PREFILL_TOKENS,
         "full_sae": {"d_sae": D_SAE, "hook_points": len(bank.hook_names)},

@@ -177,7 +177,8 @@ def overhead_tables(result: Result) -> str:
     where = (
         f"{result.date}, {machine.cores} cores ({machine.cpu}), {machine.memory_gb:g} GB, "
         f"torch threads: {detail['threads']}, {detail['dtype']}, torch {result.versions['torch']}. "
-        f"Bank `{detail['bank']['version']}`: {features} features at {hooks} hook points."
+        f"Bank `{detail['bank']['version']}`: {features} features at {hooks} hook points, decoding steps "
+        f"{'compiled' if detail.get('compiled_step') else 'through torch'}."
     )
     titles = {
         "decode_bs1": f"decoding, batch 1, {detail['tokens']} tokens",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from guard.encoder import SelectedEncoder
 from guard.errors import GuardError
 from guard.events import FeatureHit, Phase, Verdict
 from guard.heads import BoundRule, DomainHeads, bind_rules
+from guard.native import MAX_BATCH, CompiledStep, HookRows, is_half, library
 from guard.policy import Policy
 from guard.state import BatchState
 
@@ -46,6 +47,29 @@ class Monitor:
         phases: tuple[Phase, ...] = ("prompt", "response")
         self.rules = {p: bind_rules(policy, bank, self.heads, p, streaming=False) for p in phases}
         self.streaming_rules = bind_rules(policy, bank, self.heads, "response", streaming=True)
+        self._compiled = self._compile() if device.type == "cpu" else None
+
+    def _compile(self) -> CompiledStep | None:
+        """The compiled step, where there is one and the bank's rows are no finer than it reads them."""
+        rows = self.bank.rows
+        if library() is None or not all(is_half(part.W_enc) for part in rows.values()):
+            return None
+        hooks = [
+            HookRows(rows[name].W_enc, rows[name].b_enc, rows[name].threshold, self.encoder.scale[columns].numpy())
+            for name, columns in self.encoder.columns.items()
+        ]
+        return CompiledStep(
+            hooks,
+            self.heads.weight.numpy(),
+            self.heads.offset,
+            self.streaming_rules.lowest,
+            pooling=self.bank.pooling,
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether decoding steps of small batches are one compiled call."""
+        return self._compiled is not None
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -57,8 +81,10 @@ class Monitor:
         return BatchState.create(
             tuple(request_ids),
             window=self.bank.pooling.window,
+            features=self.encoder.n_features,
             domains=len(self.domains),
             rules=len(self.streaming_rules.rules),
+            device=self.device,
         )
 
     def judge(self, feature_acts: Float[Tensor, "n F"], segment: Int[Tensor, " n"]) -> Judged:
@@ -125,56 +151,77 @@ class Monitor:
         clipped = feature_acts[first : at + 1].clamp_max(self.bank.pooling.ceiling) * same
         return clipped.sum(0) / max(int(same.sum()), self.bank.pooling.min_tokens)
 
+    def observe_hidden(
+        self,
+        state: BatchState,
+        sae_ins: Mapping[str, Float[Tensor, "B 1 d_in"]],
+        live: npt.NDArray[np.bool_] | None = None,
+    ) -> list[tuple[int, Verdict]]:
+        """Judge one response token of every sequence (of those in `live`, if given) by the activations at the hook
+        points. Returns (row, verdict) pairs.
+
+        Raises GuardError if the activations are not numbers.
+        """
+        if self._compiled is None or len(state.request_ids) > MAX_BATCH:
+            return self.observe_step(state, self.encoder.encode({k: x[:, 0] for k, x in sae_ins.items()}), live)
+        rows = None if live is None else np.flatnonzero(live).astype(np.int32)
+        if rows is not None and not len(rows):
+            return []
+        try:
+            reached = self._compiled(state, [sae_ins[name] for name in self.encoder.hook_names], rows)
+        except ArithmeticError as e:
+            raise GuardError(_NOT_FINITE) from e
+        return self._decide(state, rows) if reached or state.counting else []
+
     def observe_step(
         self,
         state: BatchState,
         feature_acts: Float[Tensor, "B F"],
         live: npt.NDArray[np.bool_] | None = None,
     ) -> list[tuple[int, Verdict]]:
-        """Judge one response token of every sequence (of those in `live`, if given). Returns (row, verdict) pairs.
-
-        Raises GuardError if the activations are not numbers.
-        """
-        pooling, table = self.bank.pooling, self.streaming_rules
-        clipped = feature_acts.clamp_max(pooling.ceiling)
+        """`observe_hidden` for activations that are encoded already."""
+        rows = np.arange(len(state.request_ids)) if live is None else np.flatnonzero(live)
+        if not len(rows):
+            return []
+        clipped = feature_acts.clamp_max(self.bank.pooling.ceiling)
         evidence = (clipped @ self.heads.weight).cpu().numpy()  # the one wait for the device
-        if live is None and state.steps is not None:
-            # A few operations on slices: after the model has been through the caches, their number is the cost
-            step = state.steps
-            if step == state.logits.shape[1]:
-                state.make_room()
-            state.steps = step + 1
-            state.count += 1
-            for recent in state.recent:
-                recent.append(clipped)
-            total = np.add(state.evidence[:, step], evidence, out=state.evidence[:, step + 1])
-            earlier = state.evidence[:, max(0, step + 1 - pooling.window)]
-            divisor = max(min(step + 1, pooling.window), pooling.min_tokens)
-            logits = np.divide(total - earlier, divisor, out=state.logits[:, step])
-            logits += self.heads.offset
-            if (logits < table.lowest).all():  # which NaN is not
-                if state.counting:
-                    state.runs.fill(0)
-                    state.counting = False
-                return []
-            if np.isnan(logits).any():
-                raise GuardError(_NOT_FINITE)
-            if step + 1 < pooling.settle_tokens:
-                return []
-            rows = np.arange(len(logits))
-            counts = logits[:, table.domain] >= table.logit
-        else:
-            state.steps = None  # from here on the rows have counts of their own
-            rows = np.arange(len(evidence)) if live is None else np.flatnonzero(live)
-            if not len(rows):
-                return []
-            logits = self._advance(state, rows, clipped, evidence[rows])
-            if np.isnan(logits).any():
-                raise GuardError(_NOT_FINITE)
-            counts = (logits[:, table.domain] >= table.logit) & (state.count[rows] >= pooling.settle_tokens)[:, None]
+        self._advance(state, rows, clipped, evidence)
+        return self._decide(state, rows)
+
+    def _advance(
+        self,
+        state: BatchState,
+        rows: npt.NDArray[np.int64],
+        clipped: Float[Tensor, "B F"],
+        evidence: npt.NDArray[np.float32],
+    ) -> None:
+        """Take one more token of the sequences `rows` into the state, up to the logits. native.c does the same."""
+        pooling = self.bank.pooling
+        count = state.count[rows]
+        if int(count.max()) == state.logits.shape[1]:
+            state.make_room()
+        total = state.evidence[rows, count] + evidence[rows]
+        earlier = state.evidence[rows, np.maximum(count + 1 - pooling.window, 0)]
+        divisor = np.clip(count + 1, pooling.min_tokens, max(pooling.window, pooling.min_tokens))
+        logits = (total - earlier) / divisor[:, None] + self.heads.offset
+        if np.isnan(logits).any():
+            raise GuardError(_NOT_FINITE)
+        state.evidence[rows, count + 1] = total
+        state.logits[rows, count] = logits
+        at = torch.from_numpy(rows).to(self.device)
+        state.recent[at, torch.from_numpy(count % pooling.window).to(self.device)] = clipped[at]
+        state.count[rows] += 1
+
+    def _decide(self, state: BatchState, rows: npt.NDArray[np.integer[Any]] | None) -> list[tuple[int, Verdict]]:
+        """The rules that fire on the last token of the sequences `rows`, or of all."""
+        table = self.streaming_rules
+        rows = np.arange(len(state.request_ids)) if rows is None else rows
+        count = state.count[rows]
+        logits = state.logits[rows, count - 1]
+        counts = (logits[:, table.domain] >= table.logit) & (count >= self.bank.pooling.settle_tokens)[:, None]
         runs = (state.runs[rows] + 1) * counts
         state.runs[rows] = runs
-        state.counting = True
+        state.counting = bool(state.runs.any())
         fired = (runs >= table.evidence_tokens) & ~state.latched[rows]
         if not fired.any():
             return []
@@ -187,29 +234,6 @@ class Monitor:
         for row, verdict in verdicts:
             self._record(state, row, [verdict])
         return verdicts
-
-    def _advance(
-        self,
-        state: BatchState,
-        rows: npt.NDArray[np.int64],
-        clipped: Float[Tensor, "B F"],
-        evidence: npt.NDArray[np.float32],
-    ) -> npt.NDArray[np.float64]:
-        """The logits after one more token of the sequences `rows`, which may have seen different numbers of them."""
-        pooling = self.bank.pooling
-        count = state.count[rows]
-        if int(count.max()) == state.logits.shape[1]:
-            state.make_room()
-        for row in rows.tolist():
-            state.recent[row].append(clipped)
-        state.evidence[rows, count + 1] = state.evidence[rows, count] + evidence
-        state.count[rows] += 1
-        count += 1
-        earlier = state.evidence[rows, np.maximum(count - pooling.window, 0)]
-        divisor = np.clip(count, pooling.min_tokens, max(pooling.window, pooling.min_tokens))
-        logits = (state.evidence[rows, count] - earlier) / divisor[:, None] + self.heads.offset
-        state.logits[rows, count - 1] = logits
-        return logits
 
     def finish(self, state: BatchState) -> list[tuple[int, Verdict]]:
         """At the end of the responses: their best agreed logits, and rules that all counted tokens met, of a response
@@ -260,11 +284,9 @@ class Monitor:
         return max((self.bank.pooling.settle_tokens - 1 + tokens for tokens in blocking), default=0)
 
     def _response_verdict(self, state: BatchState, row: int, rule: int, logit: float) -> Verdict:
-        recent = state.recent[row]
-        average = torch.stack([clipped[row] for clipped in recent]).sum(0) / max(
-            len(recent), self.bank.pooling.min_tokens
-        )
-        token = int(state.count[row]) - 1
+        count, pooling = int(state.count[row]), self.bank.pooling
+        average = state.recent[row].sum(0) / max(min(count, pooling.window), pooling.min_tokens)
+        token = count - 1
         bound = self.streaming_rules.rules[rule]
         return self._verdict(bound, "response", state.request_ids[row], token, logit, average)
 

@@ -1,16 +1,17 @@
 """Per-sequence memory of the guard. It belongs to the sequences of one batch and is dropped with them.
 
 What a step decides with are a few numbers a sequence and domain: they lie in NumPy, where an operation on so little
-costs a fraction of what one on the model's device does. Only the features' own history stays there, as they came.
+costs a fraction of what one on the model's device does. Only the features' own history stays there.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from guard.events import Verdict
@@ -27,9 +28,9 @@ class BatchState:
     """(B, 1 + room, D): sums over the tokens so far of what each adds to the domains' averages, from 0 on."""
     logits: npt.NDArray[np.float64]
     """(B, room, D): the logits after each token."""
-    recent: tuple[deque[Tensor], ...]
-    """Of each sequence, the (B, F) clipped activations of the steps in its window, oldest first: its own row of
-    each names the features when a rule fires. The sequences share the tensors."""
+    recent: Float[Tensor, "B window F"]
+    """Clipped activations of each sequence's last tokens, token n at n modulo the window; zero before the first. They
+    name the features when a rule fires."""
     count: npt.NDArray[np.int64]
     """(B,): response tokens judged so far."""
     runs: npt.NDArray[np.int64]
@@ -45,9 +46,8 @@ class BatchState:
     verdicts: list[list[Verdict]] = field(default_factory=list)
     blocked: list[bool] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
-    observed: list[int] = field(default_factory=list)
-    steps: int | None = 0
-    """What every entry of `count` is, while all rows advance together; None once they do not."""
+    compiled: object = None
+    """What the compiled step keeps of where all this lies."""
     counting: bool = False
     """Whether any of `runs` may be above 0."""
     failed: bool = False
@@ -59,8 +59,10 @@ class BatchState:
         request_ids: tuple[str, ...],
         *,
         window: int,
+        features: int,
         domains: int,
         rules: int,
+        device: torch.device,
     ) -> BatchState:
         """The state before the first token; one row for each of `request_ids`."""
         batch = len(request_ids)
@@ -69,7 +71,7 @@ class BatchState:
             request_ids=request_ids,
             evidence=np.zeros((batch, 1 + ROOM, domains)),
             logits=np.zeros((batch, ROOM, domains)),
-            recent=tuple(deque(maxlen=window) for _ in request_ids),
+            recent=torch.zeros(batch, window, features, device=device),
             count=np.zeros(batch, dtype=np.int64),
             runs=np.zeros((batch, rules), dtype=np.int64),
             latched=np.zeros((batch, rules), dtype=np.bool_),
@@ -79,8 +81,13 @@ class BatchState:
             verdicts=[[] for _ in range(batch)],
             blocked=[False] * batch,
             generated=[0] * batch,
-            observed=[0] * batch,
         )
+
+    @property
+    def observed(self) -> list[int]:
+        """Response tokens judged so far."""
+        found: list[int] = self.count.tolist()
+        return found
 
     def make_room(self) -> None:
         """Double the tokens that the histories have room for."""

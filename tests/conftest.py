@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 torch.set_num_threads(2)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with Ctrl-C ignored
 
-STAGES = frozenset({"model", "slow", "vllm", "browser", "prometheus", "ray", "gpu"})
+STAGES = frozenset({"model", "native", "slow", "vllm", "browser", "prometheus", "ray", "gpu"})
 SPECIAL_TOKENS = ("<unk>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "

@@ -34,6 +34,7 @@ from guard.state import BatchState
 from guard.steering import Steering
 
 logger = logging.getLogger(__name__)
+METRICS_EVERY = 32  # passes: a histogram's locks and buckets cost a decoding step more than their reading is worth
 # Finite, so that a sampler that masks the end token still has a distribution
 _FORBIDDEN = torch.finfo(torch.float16).min
 
@@ -53,8 +54,8 @@ class TransformersEngine:
         self.reports: list[SequenceReport] = []
         self.pending_ids: tuple[str, ...] = ()
         self.end_ids = end_ids(model, tokenizer, {})
-        self._ends = self.end_ids  # of the generation in work
         self._special = frozenset(tokenizer.all_special_ids)
+        self._expect_ends(self.end_ids)
         self._template = template_segments(tokenizer, self._special)
         self._steers = {rule.label: rule.steer for rule in monitor.policy.rules}
         self._hooks = monitor.encoder.hook_names
@@ -72,6 +73,7 @@ class TransformersEngine:
         self._stop_after_judging = False
         self._steering: Steering | None = None
         self._seconds = 0.0
+        self._step_seconds: list[float] = []
         self._capture = Capture(model, self._hooks, self._at_hook)
         self._outer = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -167,10 +169,17 @@ class TransformersEngine:
         if name == self._last_hook:
             self._judged = True  # or the failure to do so has been dealt with
             self._hidden.clear()
-            self.metrics.observe_step(self._seconds)
+            self._step_seconds.append(self._seconds)
+            if len(self._step_seconds) == METRICS_EVERY:
+                self._publish_steps()
             if self._stop_after_judging:
                 raise StopForwardError
         return steered
+
+    def _publish_steps(self) -> None:
+        for seconds in self._step_seconds:
+            self.metrics.observe_step(seconds)
+        self._step_seconds.clear()
 
     def _after_forward(self, _: Any, _args: tuple[Any, ...], output: Any) -> None:
         state = self.state
@@ -199,20 +208,24 @@ class TransformersEngine:
         if self._begins:
             self._judge_prompts(state)
             return
-        acts = self.monitor.encoder.encode({name: hidden[:, 0] for name, hidden in self._hidden.items()})
-        live = self._live(state, self._input_ids[:, 0].tolist())
-        fired = self.monitor.observe_step(state, acts, live)
-        for row in range(len(state.request_ids)) if live is None else np.flatnonzero(live).tolist():
-            state.observed[row] += 1
+        live = self._live(state, [token for (token,) in self._input_ids.tolist()])
+        fired = self.monitor.observe_hidden(state, self._hidden, live)
         self._act(fired)
 
     def _live(self, state: BatchState, ids: Sequence[int]) -> npt.NDArray[np.bool_] | None:
         """Which rows hold a token to judge (not padding after the end, not a special token); None if all do."""
+        if self._unjudged.isdisjoint(ids) and True not in state.ended:
+            return None
         for row, token in enumerate(ids):
             if token in self._ends:
                 state.ended[row] = True
         live = [not ended and token not in self._special for ended, token in zip(state.ended, ids, strict=True)]
         return None if all(live) else np.array(live)
+
+    def _expect_ends(self, ids: tuple[int, ...]) -> None:
+        """The tokens that end a sequence of the generation in work."""
+        self._ends = ids
+        self._unjudged = self._special.union(ids)
 
     def _judge_prompts(self, state: BatchState) -> None:
         assert self._input_ids is not None
@@ -260,7 +273,7 @@ class TransformersEngine:
         given = options.pop("stopping_criteria", None) or []
         criteria = StoppingCriteriaList([*given, self._stopping_criterion()])
         self.start()
-        self._ends = end_ids(self.model, self.tokenizer, options)
+        self._expect_ends(end_ids(self.model, self.tokenizer, options))
         try:
             output = self._original_generate(**options, stopping_criteria=criteria)
             if isinstance(output, Tensor):
@@ -271,7 +284,7 @@ class TransformersEngine:
                 self.finish(output.sequences[:, self._prompt_width :])
             return output
         finally:
-            self._ends = self.end_ids
+            self._expect_ends(self.end_ids)
             self.drop()
 
     def _stopping_criterion(self) -> Any:
@@ -330,6 +343,7 @@ class TransformersEngine:
 
     def drop(self) -> None:
         """Forget the sequences."""
+        self._publish_steps()
         self.state = None
         self._steering = None
         self._hidden.clear()

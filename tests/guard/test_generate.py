@@ -177,14 +177,14 @@ def test_last_token_is_read_as_generation_would_have_read_it(
     attach: Attach, chatty: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard = attach(make_policy())
-    observe = guard.monitor.observe_step
+    observe = guard.monitor.observe_hidden
     seen: list[Tensor] = []
 
-    def record(state: Any, acts: Tensor, live: Any = None) -> Any:
-        seen.append(acts)
-        return observe(state, acts, live)
+    def record(state: Any, sae_ins: dict[str, Tensor], live: Any = None) -> Any:
+        seen.append(torch.cat(list(sae_ins.values()), dim=-1))
+        return observe(state, sae_ins, live)
 
-    monkeypatch.setattr(guard.monitor, "observe_step", record)
+    monkeypatch.setattr(guard.monitor, "observe_hidden", record)
     for tokens in (5, 6):
         chatty.generate(**batch, max_new_tokens=tokens, do_sample=False)
     torch.testing.assert_close(torch.stack(seen[:5]), torch.stack(seen[5:10]), atol=1e-5, rtol=1e-5)

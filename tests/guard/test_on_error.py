@@ -34,7 +34,7 @@ def errors(metrics: Metrics, on_error: str) -> float | None:
     return metrics.registry.get_sample_value("sailguard_errors_total", {"on_error": on_error})
 
 
-@pytest.mark.parametrize("place", ["observe_prompt", "observe_step"])
+@pytest.mark.parametrize("place", ["observe_prompt", "observe_hidden"])
 def test_failure_blocks_by_default(attach: Attach, chatty: Any, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     metrics = Metrics()
     guard = attach(make_policy(), metrics)
@@ -51,7 +51,7 @@ def test_failure_blocks_by_default(attach: Attach, chatty: Any, monkeypatch: pyt
     assert value("sailguard_requests_total", {"phase": phase, "result": "error"}) == 1
 
 
-@pytest.mark.parametrize("place", ["observe_prompt", "observe_step"])
+@pytest.mark.parametrize("place", ["observe_prompt", "observe_hidden"])
 def test_failure_blocks_every_row_of_a_batch(
     attach: Attach, chatty: Any, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -71,7 +71,7 @@ def test_failure_that_is_let_pass_is_counted(
     metrics = Metrics()
     guard = attach(make_policy(on_error=on_error), metrics)
     expected = guard.chat(HELLO, max_new_tokens=10).text
-    fail(guard, monkeypatch, "observe_step")
+    fail(guard, monkeypatch, "observe_hidden")
     completion = guard.chat(HELLO, max_new_tokens=10)
     assert (completion.text, completion.finish_reason) == (expected, "length")
     assert completion.report.action == action
@@ -119,7 +119,7 @@ def test_interruption_is_no_failure_of_the_guard(
 
     metrics = Metrics()
     guard = attach(make_policy(on_error="allow"), metrics)
-    monkeypatch.setattr(guard.monitor, "observe_step", broken)
+    monkeypatch.setattr(guard.monitor, "observe_hidden", broken)
     with pytest.raises(error):
         guard.chat(HELLO, max_new_tokens=3)
     assert errors(metrics, "allow") == 0
