@@ -167,6 +167,7 @@ class Monitor:
         rows = None if live is None else np.flatnonzero(live).astype(np.int32)
         if rows is not None and not len(rows):
             return []
+        state.even = state.even and rows is None
         try:
             reached = self._compiled(state, [sae_ins[name] for name in self.encoder.hook_names], rows)
         except ArithmeticError as e:
@@ -180,37 +181,53 @@ class Monitor:
         live: npt.NDArray[np.bool_] | None = None,
     ) -> list[tuple[int, Verdict]]:
         """`observe_hidden` for activations that are encoded already."""
-        rows = np.arange(len(state.request_ids)) if live is None else np.flatnonzero(live)
-        if not len(rows):
+        rows = None if live is None else np.flatnonzero(live)
+        if rows is not None and not len(rows):
             return []
         clipped = feature_acts.clamp_max(self.bank.pooling.ceiling)
         evidence = (clipped @ self.heads.weight).cpu().numpy()  # the one wait for the device
-        self._advance(state, rows, clipped, evidence)
-        return self._decide(state, rows)
+        reached = self._advance(state, rows, clipped, evidence)
+        return self._decide(state, rows) if reached or state.counting else []
 
     def _advance(
         self,
         state: BatchState,
-        rows: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64] | None,
         clipped: Float[Tensor, "B F"],
         evidence: npt.NDArray[np.float32],
-    ) -> None:
-        """Take one more token of the sequences `rows` into the state, up to the logits. native.c does the same."""
+    ) -> bool:
+        """Take one more token of the sequences `rows`, or of all, into the state, up to the logits. Returns whether any
+        of these is one that a rule counts. native.c does the same.
+        """
         pooling = self.bank.pooling
-        count = state.count[rows]
-        if int(count.max()) == state.logits.shape[1]:
+        window, least = pooling.window, pooling.min_tokens
+        where: Any
+        here: Any
+        count: Any
+        if rows is None and state.even:  # slices cost a fraction of what indices do
+            where = here = slice(None)
+            count = int(state.count[0])
+            slot = count % window
+            first, divisor = max(count + 1 - window, 0), np.float64(max(min(count + 1, window), least))
+        else:
+            where = np.arange(len(state.request_ids)) if rows is None else rows
+            count = state.count[where]
+            here, slot = (torch.from_numpy(places).to(self.device) for places in (where, count % window))
+            first = np.maximum(count + 1 - window, 0)
+            divisor = np.clip(count + 1, least, max(window, least)).astype(np.float64)[:, None]
+            state.even = state.even and rows is None
+        if np.max(count) == state.logits.shape[1]:
             state.make_room()
-        total = state.evidence[rows, count] + evidence[rows]
-        earlier = state.evidence[rows, np.maximum(count + 1 - pooling.window, 0)]
-        divisor = np.clip(count + 1, pooling.min_tokens, max(pooling.window, pooling.min_tokens))
-        logits = (total - earlier) / divisor[:, None] + self.heads.offset
-        if np.isnan(logits).any():
+        total = state.evidence[where, count] + evidence[where]
+        logits = (total - state.evidence[where, first]) / divisor + self.heads.offset
+        reached = not (logits < self.streaming_rules.lowest).all()  # which NaN is not
+        if reached and np.isnan(logits).any():
             raise GuardError(_NOT_FINITE)
-        state.evidence[rows, count + 1] = total
-        state.logits[rows, count] = logits
-        at = torch.from_numpy(rows).to(self.device)
-        state.recent[at, torch.from_numpy(count % pooling.window).to(self.device)] = clipped[at]
-        state.count[rows] += 1
+        state.evidence[where, count + 1] = total
+        state.logits[where, count] = logits
+        state.recent[here, slot] = clipped[here]
+        state.count[where] += 1
+        return reached
 
     def _decide(self, state: BatchState, rows: npt.NDArray[np.integer[Any]] | None) -> list[tuple[int, Verdict]]:
         """The rules that fire on the last token of the sequences `rows`, or of all."""

@@ -46,6 +46,8 @@ class BatchState:
     verdicts: list[list[Verdict]] = field(default_factory=list)
     blocked: list[bool] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
+    even: bool = True
+    """Whether the sequences have always got their tokens together."""
     compiled: object = None
     """What the compiled step keeps of where all this lies."""
     counting: bool = False
