@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -77,15 +78,18 @@ def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, 
             continue
         if rule.domain not in heads.domains:
             raise PolicyError(
-                f"rule {rule.label!r}, field 'domain': the bank has no head for {rule.domain!r}; "
+                f"{policy.where(rule, 'domain')}: the bank has no head for {rule.domain!r}; "
                 f"it has {', '.join(heads.domains)}"
             )
         if rule.action == "steer" and not _steerable(bank, rule.domain):
             raise PolicyError(
-                f"rule {rule.label!r}, field 'action': the bank has no decoder rows for the features of "
+                f"{policy.where(rule, 'action')}: the bank has no decoder rows for the features of "
                 f"{rule.domain!r}, so that they cannot be steered; flag or block"
             )
-        probability = rule.threshold.resolve(bank.heads[rule.domain], streaming=streaming)
+        try:
+            probability = rule.threshold.resolve(bank.heads[rule.domain], streaming=streaming)
+        except PolicyError as e:
+            raise PolicyError(f"{policy.where(rule, 'threshold', 'fpr')}: {e}") from None
         clipped = min(max(probability, 1e-9), 1 - 1e-9)
         bound.append(
             BoundRule(
@@ -97,6 +101,33 @@ def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, 
             )
         )
     return RuleTable(tuple(bound), len(heads.domains))
+
+
+def check_reachable(policy: Policy, tables: Iterable[RuleTable]) -> None:
+    """Raise PolicyError for a rule that can nowhere come to act: wherever it stands, a block of its domain comes first.
+
+    tables: of every scope that rules are bound for.
+    """
+    stands = [(bound, table.rules) for table in tables for bound in table.rules]
+    for rule in policy.rules:
+        first = [
+            next((other for other in others if _comes_first(other, bound)), None)
+            for bound, others in stands
+            if bound.rule is rule
+        ]
+        if first and first[0] is not None and None not in first:
+            raise PolicyError(
+                f"{policy.where(rule)}: it can never act, for {first[0].rule.label!r} blocks at a lower threshold or "
+                "after fewer tokens; give this rule the lower threshold, or remove it"
+            )
+
+
+def _comes_first(blocker: BoundRule, rule: BoundRule) -> bool:
+    """Whether a blocking rule has ended the sequence before the other one could fire."""
+    if blocker.rule.action != "block" or blocker.domain != rule.domain:
+        return False
+    lower, fewer = blocker.logit <= rule.logit, blocker.evidence_tokens <= rule.evidence_tokens
+    return lower and fewer and (blocker.logit, blocker.evidence_tokens) != (rule.logit, rule.evidence_tokens)
 
 
 def _steerable(bank: Bank, domain: str) -> bool:

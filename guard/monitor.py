@@ -17,7 +17,7 @@ from feature_bank.heads import agreement, moving_average
 from guard.encoder import SelectedEncoder
 from guard.errors import GuardError
 from guard.events import FeatureHit, Phase, Verdict
-from guard.heads import BoundRule, DomainHeads, bind_rules
+from guard.heads import BoundRule, DomainHeads, bind_rules, check_reachable
 from guard.native import MAX_BATCH, CompiledStep, HookRows, is_half, library
 from guard.policy import Policy
 from guard.state import BatchState
@@ -47,6 +47,7 @@ class Monitor:
         phases: tuple[Phase, ...] = ("prompt", "response")
         self.rules = {p: bind_rules(policy, bank, self.heads, p, streaming=False) for p in phases}
         self.streaming_rules = bind_rules(policy, bank, self.heads, "response", streaming=True)
+        check_reachable(policy, [*self.rules.values(), self.streaming_rules])
         self._compiled = self._compile() if device.type == "cpu" else None
 
     def _compile(self) -> CompiledStep | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from feature_bank.schema import HeadRecord
 from feature_bank.taxonomy import Domain
 from guard.errors import PolicyError
 from guard.events import Phase
+from guard.policy_file import PolicyText, read_policy_text
 
 
 class _Section(BaseModel):
@@ -39,7 +39,7 @@ class Threshold(_Section):
         known = head.streaming_thresholds if streaming else head.thresholds
         if key not in known:
             raise PolicyError(
-                f"field 'threshold.fpr': the bank holds no threshold for a false-positive rate of {key}; "
+                f"the bank holds no threshold for a false-positive rate of {key}; "
                 f"it has {', '.join(sorted(known))}; use one of them, or 'probability'"
             )
         return known[key]
@@ -85,6 +85,8 @@ class Policy(_Section):
     rules: tuple[Rule, ...]
     refusal: str = "I can't continue with this: the conversation was stopped by a safety policy."
     on_error: Literal["block", "flag", "allow"] = "block"
+    _text: PolicyText | None = PrivateAttr(default=None)
+    """What it was read from, if it was read from a file."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Policy:
@@ -115,21 +117,24 @@ class Policy(_Section):
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
-        """Read a policy file. Raises PolicyError naming the file and the field."""
+        """Read a policy file, or a shipped policy by name. Raises PolicyError naming file, line, column and field."""
+        text = read_policy_text(path)
         try:
-            data: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise PolicyError(f"policy file {str(path)!r} cannot be read: {e.strerror}") from e
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise PolicyError(f"policy file {str(path)!r} is not valid YAML: {e}") from e
-        if not isinstance(data, dict):
-            raise PolicyError(f"policy file {str(path)!r} must hold a mapping with the key 'rules'")
-        try:
-            return cls.model_validate(data)
+            policy = cls.model_validate(text.data)
         except ValidationError as e:
-            first = e.errors()[0]
+            errors = e.errors()  # a misspelt field is also one that is missing: the spelling is the cause
+            first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
             field = ".".join(str(part) for part in first["loc"]) or "rules"
-            raise PolicyError(f"policy file {str(path)!r}, field {field!r}: {first['msg']}") from e
+            reason = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+            raise PolicyError(f"{text.where(first['loc'])}, field {field!r}: {reason}") from e
+        policy._text = text
+        return policy
+
+    def where(self, rule: Rule, *field: str) -> str:
+        """Where a rule, or a field of it, stands: for the beginning of an error message."""
+        number = next(i for i, known in enumerate(self.rules) if known is rule)
+        name = f"rule {rule.label!r}" + (f", field {'.'.join(field)!r}" if field else "")
+        return name if self._text is None else f"{self._text.where(('rules', number, *field))}, {name}"
 
 
 _HARMFUL: tuple[Domain, ...] = ("pornography", "violence", "terror")

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from feature_bank.errors import SailguardError
-from service.commands import bank, chat, demo, evaluate, judge, sae, score, serve, taxonomy, train
+from service.commands import bank, chat, demo, evaluate, judge, policy, sae, score, serve, taxonomy, train
 from service.commands.terminal import plain
 
 __all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "build_app", "main"]
@@ -57,6 +57,7 @@ def build_app() -> typer.Typer:
     app.command("eval")(evaluate.evaluate)
     app.add_typer(train.build_app(), name="train")
     app.add_typer(bank.build_app(), name="bank")
+    app.add_typer(policy.build_app(), name="policy")
     app.add_typer(sae.build_app(), name="sae")
     app.add_typer(taxonomy.build_app(), name="taxonomy")
     app.command()(serve.serve)

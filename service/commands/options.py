@@ -38,7 +38,11 @@ BankOption = Annotated[
 ]
 PolicyOption = Annotated[
     Path | None,
-    typer.Option("--policy", metavar="FILE", help="Policy file (YAML). Default: the built-in one."),
+    typer.Option(
+        "--policy",
+        metavar="FILE",
+        help="Policy file (YAML), or monitor, balanced or strict. Default: the built-in one.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
 RoleOption = Annotated[

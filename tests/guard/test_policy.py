@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import yaml
 from feature_bank import DOMAINS
 from guard.errors import PolicyError
 from guard.heads import DomainHeads, bind_rules
+from guard.monitor import Monitor
 from guard.policy import Policy
+from guard.policy_file import shipped_policies
 from tests.factories import make_bank, make_policy
 
 RULE = {"domain": "violence", "threshold": {"probability": 0.8}, "action": "block"}
@@ -78,6 +81,103 @@ def test_error_names_file_and_field(tmp_path: Path, data: object, field: str) ->
         Policy.load(path)
     assert repr(str(path)) in str(error.value)
     assert f"field {field!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "part"),
+    [
+        ("rules:\n  - domain: violence\n    treshold: {fpr: 0.01}\n    action: block\n", (3, 5), "no such field"),
+        ("rules:\n  - {domain: weather, threshold: {fpr: 0.01}, action: block}\n", (2, 6), "rules.0.domain"),
+        (
+            "name: x\nrules:\n- domain: terror\n  threshold:\n    fpr: 7\n  action: flag\n",
+            (5, 5),
+            "rules.0.threshold.fpr",
+        ),
+        ("name: x\non_error: panic\nrules: []\n", (2, 1), "on_error"),
+        ("rules:\n  - domain: terror\n    action: flag\n", (2, 5), "rules.0.threshold"),
+        ("name: x\n", (1, 1), "rules"),
+        ("rules:\n  - {domain: terror\n    action: flag}\n", (3, 11), "not valid YAML"),
+        ("rules: &r [*r]\n", (1, 8), "rules.0"),
+    ],
+)
+def test_error_names_line_and_column(tmp_path: Path, text: str, place: tuple[int, int], part: str) -> None:
+    path = write(tmp_path / "p.yaml", text)
+    with pytest.raises(PolicyError) as error:
+        Policy.load(path)
+    assert f"line {place[0]}, column {place[1]}" in str(error.value)
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_shipped_policies_load_by_name_and_fit_any_bank_with_all_heads(
+    name: str, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    policy = Policy.load(name)
+    assert policy.name == name
+    assert {rule.domain for rule in policy.rules} == set(DOMAINS)
+    assert {rule.action for rule in policy.rules if rule.domain == "politics"} == {"flag"}
+    assert policy.on_error != "allow"
+    Monitor(make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer), policy, torch.device("cpu"))
+
+
+def test_balanced_is_what_applies_without_a_file() -> None:
+    assert Policy.load("balanced").rules == Policy.default().rules
+    assert Policy.load("balanced").refusal == Policy.default().refusal
+    assert {rule.action for rule in Policy.load("monitor").rules} == {"flag"}
+
+
+def test_a_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "strict", {"name": "mine", "rules": [RULE]})
+    assert Policy.load("strict").name == "mine"
+
+
+BLOCK = {"domain": "violence", "threshold": {"probability": 0.7}, "evidence_tokens": 3, "action": "block"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "reachable"),
+    [
+        ({"threshold": {"probability": 0.8}, "action": "steer"}, False),
+        ({"threshold": {"probability": 0.7}, "evidence_tokens": 4, "action": "flag"}, False),
+        ({"threshold": {"probability": 0.8}, "action": "block", "name": "late"}, False),
+        ({"threshold": {"probability": 0.8}, "action": "flag", "scope": ["response"]}, False),
+        ({"threshold": {"probability": 0.7}, "evidence_tokens": 3, "action": "flag"}, True),
+        ({"threshold": {"probability": 0.6}, "evidence_tokens": 9, "action": "flag"}, True),
+        ({"threshold": {"probability": 0.8}, "evidence_tokens": 2, "action": "flag"}, True),
+        ({"domain": "terror", "threshold": {"probability": 0.8}, "action": "flag"}, True),
+    ],
+)
+def test_a_rule_that_can_never_act_is_refused_with_its_place(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, rule: dict[str, Any], reachable: bool
+) -> None:
+    bank = make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer)
+    rule = {"domain": "violence", "evidence_tokens": 3, **rule}
+    policy = Policy.load(write(tmp_path / "p.yaml", {"rules": [BLOCK, rule]}))
+    if reachable:
+        Monitor(bank, policy, torch.device("cpu"))
+        return
+    with pytest.raises(PolicyError, match=r"line \d+, column 3, rule .*it can never act, for 'violence-block' blocks"):
+        Monitor(bank, policy, torch.device("cpu"))
+    # where the block does not stand, the rule can act
+    elsewhere = {"rules": [{**BLOCK, "scope": ["prompt"]}, {**rule, "scope": ["prompt", "response"]}]}
+    Monitor(bank, Policy.load(write(tmp_path / "q.yaml", elsewhere)), torch.device("cpu"))
+
+
+def test_what_the_bank_does_not_hold_is_refused_with_its_place(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    bank = make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer)
+    path = write(tmp_path / "p.yaml", "rules:\n  - {domain: terror, threshold: {fpr: 0.02}, action: flag}\n")
+    with pytest.raises(PolicyError, match=r"line 2, column 34, rule 'terror-flag', field 'threshold\.fpr'"):
+        Monitor(bank, Policy.load(path), torch.device("cpu"))
+
+
+def test_the_published_schema_is_the_one_that_applies() -> None:
+    published = Path(__file__).parents[2] / "docs" / "policy.schema.json"
+    assert json.loads(published.read_text(encoding="utf-8")) == Policy.model_json_schema(), (
+        "run `sailguard policy schema > docs/policy.schema.json`"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "just text", "rules: [", "!!python/object:os.system {}", "\t"])

@@ -1,0 +1,137 @@
+"""`policy check`, `explain` and `schema`: whether a policy file can be used, and what it will do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.commands.bank_reader import read_bank
+from service.commands.options import BankOption, JsonOption
+from service.commands.terminal import output_console, plain, print_json
+
+if TYPE_CHECKING:
+    from feature_bank.bank import Bank
+    from guard.heads import BoundRule
+    from guard.monitor import Monitor
+
+__all__ = ["build_app"]
+
+PolicyArgument = Annotated[
+    str, typer.Argument(metavar="POLICY", help="Policy file (YAML), or monitor, balanced or strict.")
+]
+_ON_ERROR = {
+    "block": "every sequence of the batch is stopped",
+    "flag": "the generation goes on, and its report is flagged",
+    "allow": "the generation goes on; it is counted and logged",
+}
+
+
+def build_app() -> typer.Typer:
+    """The group `policy`."""
+    app = typer.Typer(help="Check and explain policy files.", no_args_is_help=True)
+    app.command()(check)
+    app.command()(explain)
+    app.command()(schema)
+    return app
+
+
+def check(policy: PolicyArgument, bank: BankOption = None, as_json: JsonOption = False) -> None:
+    """Check a policy against a bank: its fields, its thresholds, and that every rule can come to act."""
+    monitor = _bind(policy, bank)
+    if as_json:
+        print_json({"policy": monitor.policy.version, "bank": monitor.bank.version, "rules": len(monitor.policy.rules)})
+        return
+    rules = len(monitor.policy.rules)
+    output_console().print(
+        plain(f"{monitor.policy.version}: {rules} rule{'s' * (rules != 1)}, usable with {monitor.bank.version}"),
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def explain(policy: PolicyArgument, bank: BankOption = None, as_json: JsonOption = False) -> None:
+    """Say in words what a policy does with a bank: when each rule fires, and what happens then."""
+    monitor = _bind(policy, bank)
+    rules = [_rule(monitor, number) for number in range(len(monitor.policy.rules))]
+    if as_json:
+        given = monitor.policy
+        facts = {"policy": given.version, "bank": monitor.bank.version}
+        print_json({**facts, "on_error": given.on_error, "refusal": given.refusal, "rules": rules})
+        return
+    lines = [f"{monitor.policy.version} with {monitor.bank.version}", ""]
+    for rule in rules:
+        lines += [f"{rule['name']}: {rule['then']}", *(f"  {text}" for text in rule["when"].values())]
+    lines += ["", f"If the guard itself fails: {_ON_ERROR[monitor.policy.on_error]}."]
+    if any(rule.action == "block" for rule in monitor.policy.rules):
+        lines.append(f"A blocked answer ends with: {monitor.policy.refusal}")
+    for line in lines:
+        output_console().print(plain(line), markup=False, soft_wrap=True, highlight=False)
+
+
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors that complete and check YAML."""
+    from guard.policy import Policy
+
+    typer.echo(json.dumps(Policy.model_json_schema(), indent=2, ensure_ascii=False))
+
+
+def _bind(policy: str, path: Path | None) -> Monitor:
+    import torch
+
+    from guard.monitor import Monitor
+    from guard.policy import Policy
+
+    bank: Bank = read_bank(path)
+    return Monitor(bank, Policy.load(policy), torch.device("cpu"))
+
+
+def _rule(monitor: Monitor, number: int) -> dict[str, Any]:
+    rule = monitor.policy.rules[number]
+    found = dict(_conditions(monitor, number))
+    return {
+        "name": rule.label,
+        "domain": rule.domain,
+        "action": rule.action,
+        "then": _then(monitor, number),
+        "thresholds": {name: round(bound.threshold, 6) for name, (bound, _) in found.items()},
+        "evidence_tokens": {name: bound.evidence_tokens for name, (bound, _) in found.items()},
+        "when": {name: text for name, (_, text) in found.items()},
+    }
+
+
+def _conditions(monitor: Monitor, number: int) -> Iterator[tuple[str, tuple[BoundRule, str]]]:
+    """Of each way in which text is judged that the rule is for: the rule as it is bound there, and when it fires."""
+    rule, pooling = monitor.policy.rules[number], monitor.bank.pooling
+    whole = f"averaged over {pooling.window} tokens or a shorter text"
+    later = f"from token {pooling.settle_tokens} on, averaged over the last {pooling.window}"
+    ways = (
+        ("prompt", monitor.rules["prompt"], "prompts", whole),
+        ("response", monitor.streaming_rules, "answers as they come", later),
+        ("whole response", monitor.rules["response"], "answers that are there whole", whole),
+    )
+    for name, table, what, where in ways:
+        for bound in table.rules:
+            if bound.rule is rule:
+                fpr = rule.threshold.fpr
+                rate = "" if fpr is None else f" ({100 * fpr:g} % of the calibration's negatives reach it)"
+                tokens = "1 token" if bound.evidence_tokens == 1 else f"{bound.evidence_tokens} tokens running"
+                yield name, (bound, f"{what}: at a probability of {bound.threshold:.3f}{rate} on {tokens}, {where}")
+
+
+def _then(monitor: Monitor, number: int) -> str:
+    rule = monitor.policy.rules[number]
+    if rule.action == "flag":
+        return f"{rule.domain} is reported, nothing else changes"
+    if rule.action == "block":
+        return f"{rule.domain} stops the generation before the deciding token is shown"
+    steer = rule.steer
+    how = {
+        "add": f"{steer.strength:+g} times the domain's direction is added",
+        "clamp": f"the domain's features are held at {steer.value:g} of their scale",
+        "ablate": "the domain's features are taken out",
+    }[steer.op]
+    return f"{rule.domain} is steered from the next token on: {how}"
