@@ -42,8 +42,9 @@ class Verdict(_Record):
     token_index: int
     """Position of the deciding token: in the prompt's ids, or counted from the first generated token."""
     domain: str
+    """Of what the rule is about; empty for a feature that has none."""
     score: float
-    """Calibrated probability at the deciding token."""
+    """Calibrated probability at the deciding token; for a rule on a concept or a feature, its activation there."""
     threshold: float
     action: ActionName
     rule: str

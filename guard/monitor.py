@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,16 +132,19 @@ class Monitor:
         """The rules for `phase` that fire on text that lies there whole, each at its first deciding token."""
         verdicts = []
         for bound in self.rules[phase].rules:
-            agreed = judged.agreed[:, bound.domain]
-            if bound.evidence_tokens != self.bank.pooling.evidence_tokens:
-                agreed = self._agreed(judged.logits[:, bound.domain, None], segment, bound.evidence_tokens)[:, 0]
-            hits = torch.nonzero(agreed >= bound.logit)
+            if bound.head is None:
+                values = feature_acts[:, bound.columns].amax(1).clamp_max(self.bank.pooling.ceiling)
+                agreed = agreement(values[:, None], segment, bound.evidence_tokens)[:, 0]
+            else:
+                values, agreed = judged.logits[:, bound.head], judged.agreed[:, bound.head]
+                if bound.evidence_tokens != self.bank.pooling.evidence_tokens:
+                    agreed = self._agreed(values[:, None], segment, bound.evidence_tokens)[:, 0]
+            hits = torch.nonzero(agreed >= bound.level)
             if hits.numel() == 0:
                 continue
             at = int(hits[0, 0])
-            average = self.window_average(feature_acts, segment, at)
-            logit = float(judged.logits[at, bound.domain])
-            verdicts.append(self._verdict(bound, phase, request_id, int(positions[at]), logit, average))
+            acts = feature_acts[at] if bound.head is None else self.window_average(feature_acts, segment, at)
+            verdicts.append(self._verdict(bound, phase, request_id, int(positions[at]), float(values[at]), acts))
         return verdicts
 
     def window_average(
@@ -173,7 +177,7 @@ class Monitor:
             reached = self._compiled(state, [sae_ins[name] for name in self.encoder.hook_names], rows)
         except ArithmeticError as e:
             raise GuardError(_NOT_FINITE) from e
-        return self._decide(state, rows) if reached or state.counting else []
+        return self._decide(state, rows) if reached or state.counting or self.streaming_rules.on_features else []
 
     def observe_step(
         self,
@@ -188,7 +192,7 @@ class Monitor:
         clipped = feature_acts.clamp_max(self.bank.pooling.ceiling)
         evidence = (clipped @ self.heads.weight).cpu().numpy()  # the one wait for the device
         reached = self._advance(state, rows, clipped, evidence)
-        return self._decide(state, rows) if reached or state.counting else []
+        return self._decide(state, rows) if reached or state.counting or self.streaming_rules.on_features else []
 
     def _advance(
         self,
@@ -235,8 +239,8 @@ class Monitor:
         table = self.streaming_rules
         rows = np.arange(len(state.request_ids)) if rows is None else rows
         count = state.count[rows]
-        logits = state.logits[rows, count - 1]
-        counts = (logits[:, table.domain] >= table.logit) & (count >= self.bank.pooling.settle_tokens)[:, None]
+        values = table.values(state.logits[rows, count - 1], partial(self._last_acts, state, rows))
+        counts = (values >= table.level) & (count[:, None] >= table.settle_tokens)
         runs = (state.runs[rows] + 1) * counts
         state.runs[rows] = runs
         state.counting = bool(state.runs.any())
@@ -247,11 +251,15 @@ class Monitor:
         verdicts = []
         for position, rule in np.argwhere(fired).tolist():
             row = int(rows[position])
-            logit = float(logits[position, table.rules[rule].domain])
-            verdicts.append((row, self._response_verdict(state, row, rule, logit)))
+            verdicts.append((row, self._response_verdict(state, row, rule, float(values[position, rule]))))
         for row, verdict in verdicts:
             self._record(state, row, [verdict])
         return verdicts
+
+    def _last_acts(self, state: BatchState, rows: npt.NDArray[np.integer[Any]]) -> Float[Tensor, "n F"]:
+        """The clipped activations of the last token of the sequences `rows`."""
+        slot = (state.count[rows] - 1) % self.bank.pooling.window
+        return state.recent[torch.from_numpy(rows).to(self.device), torch.from_numpy(slot).to(self.device)]
 
     def finish(self, state: BatchState) -> list[tuple[int, Verdict]]:
         """At the end of the responses: their best agreed logits, and rules that all counted tokens met, of a response
@@ -263,15 +271,17 @@ class Monitor:
         verdicts = []
         for row in np.flatnonzero(state.count > 0).tolist():
             count = int(state.count[row])
-            counted = max(count - pooling.settle_tokens + 1, 1)
             logits = torch.from_numpy(state.logits[row, :count])
             agreed = agreement(
                 logits, torch.zeros(count, dtype=torch.long), pooling.evidence_tokens, settled=pooling.settle_tokens
             )
             state.best_response[row] = agreed.amax(0).numpy()
-            last = state.logits[row, count - 1, table.domain]
-            met = state.runs[row] == counted if count >= pooling.settle_tokens else last >= table.logit
-            for rule in np.flatnonzero(met & (counted < table.evidence_tokens) & ~state.latched[row]).tolist():
+            here = np.array([row])
+            last = table.values(state.logits[here, count - 1], partial(self._last_acts, state, here))[0]
+            counted = count - table.settle_tokens + 1
+            short = (state.runs[row] == counted) & (counted < table.evidence_tokens)
+            met = np.where(counted >= 1, short, last >= table.level)
+            for rule in np.flatnonzero(met & ~state.latched[row]).tolist():
                 verdicts.append((row, self._response_verdict(state, row, rule, float(last[rule]))))
                 state.latched[row, rule] = True
                 self._record(state, row, [verdicts[-1][1]])
@@ -298,15 +308,17 @@ class Monitor:
     def hold_tokens(self) -> int:
         """Response tokens to judge before the first text may be shown, if a response that ends early is to be
         blocked before any of it is seen: those until the slowest blocking rule can fire for the first time."""
-        blocking = (r.evidence_tokens for r in self.streaming_rules.rules if r.rule.action == "block")
-        return max((self.bank.pooling.settle_tokens - 1 + tokens for tokens in blocking), default=0)
+        blocking = (r for r in self.streaming_rules.rules if r.rule.action == "block")
+        return max((r.settle_tokens - 1 + r.evidence_tokens for r in blocking), default=0)
 
-    def _response_verdict(self, state: BatchState, row: int, rule: int, logit: float) -> Verdict:
+    def _response_verdict(self, state: BatchState, row: int, rule: int, value: float) -> Verdict:
         count, pooling = int(state.count[row]), self.bank.pooling
-        average = state.recent[row].sum(0) / max(min(count, pooling.window), pooling.min_tokens)
-        token = count - 1
         bound = self.streaming_rules.rules[rule]
-        return self._verdict(bound, "response", state.request_ids[row], token, logit, average)
+        if bound.head is None:
+            acts = self._last_acts(state, np.array([row]))[0]
+        else:
+            acts = state.recent[row].sum(0) / max(min(count, pooling.window), pooling.min_tokens)
+        return self._verdict(bound, "response", state.request_ids[row], count - 1, value, acts)
 
     def _verdict(
         self,
@@ -314,22 +326,31 @@ class Monitor:
         phase: Phase,
         request_id: str,
         token: int,
-        logit: float,
-        average: Float[Tensor, " F"],
+        value: float,
+        acts: Float[Tensor, " F"],
     ) -> Verdict:
+        """value: what the rule compared; acts: the features' activations that explain it."""
         return Verdict(
             request_id=request_id,
             phase=phase,
             token_index=token,
-            domain=bound.rule.domain,
-            score=sigmoid(logit),
+            domain=bound.domain,
+            score=value if bound.head is None else sigmoid(value),
             threshold=bound.threshold,
             action=bound.rule.action,
             rule=bound.rule.label,
-            features=self.hits(average, bound.domain),
+            features=self._hits_of(bound, acts) if bound.head is None else self.hits(acts, bound.head),
             bank_version=self.bank.version,
             policy_version=self.policy.version,
         )
+
+    def _hits_of(self, bound: BoundRule, acts: Float[Tensor, " F"]) -> tuple[FeatureHit, ...]:
+        """The most active of the features that a rule looks at."""
+        weight = torch.zeros_like(acts)
+        if bound.domain in self.domains:
+            weight = self.heads.weight[:, self.domains.index(bound.domain)]
+        order = sorted(bound.columns.tolist(), key=lambda i: -float(acts[i]))[:TOP_FEATURES]
+        return tuple(self.hit(i, acts, acts * weight) for i in order if float(acts[i]) > 0)
 
     @staticmethod
     def _record(state: BatchState, row: int, verdicts: list[Verdict]) -> None:

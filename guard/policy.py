@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,21 +21,25 @@ class _Section(BaseModel):
 
 
 class Threshold(_Section):
-    """Exactly one of: a calibrated probability, or a false-positive rate for which the bank holds a threshold."""
+    """Exactly one of: a calibrated probability, a false-positive rate for which the bank holds a threshold, or, for a
+    rule on a concept or a feature, an activation."""
 
     probability: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     fpr: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    activation: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    """Of a feature on the token, as a multiple of its 99.9th percentile; of a concept's features the largest."""
 
     @model_validator(mode="after")
     def _one(self) -> Threshold:
-        if (self.probability is None) == (self.fpr is None):
-            raise ValueError("give exactly one of 'probability' and 'fpr'")
+        if sum(value is not None for value in (self.probability, self.fpr, self.activation)) != 1:
+            raise ValueError("give exactly one of 'probability', 'fpr' and 'activation'")
         return self
 
     def resolve(self, head: HeadRecord, *, streaming: bool = False) -> float:
         """As a probability, for the given head; `streaming` for responses that are judged token by token."""
         if self.probability is not None:
             return self.probability
+        assert self.fpr is not None  # an activation is no probability
         key = f"{self.fpr:g}"
         known = head.streaming_thresholds if streaming else head.thresholds
         if key not in known:
@@ -46,12 +51,11 @@ class Threshold(_Section):
 
 
 class Steer(_Section):
-    """How to steer the domain's features, at every hook point of the bank.
+    """How to steer the features of the rule's domain or concept, or its feature, at every hook point of the bank.
 
-    add: x += strength * sum_f delta_f * W_dec[f], with delta_f the bank's mean activation difference
-    (negative strength
-         moves away from the domain); clamp: each of the domain's features is set to `value` times its scale;
-         ablate: clamp to 0. Clamp and ablate keep the SAE's error term.
+    add: x += strength * sum_f delta_f * W_dec[f], with delta_f the bank's mean activation difference for a domain, and
+    the feature's scale (its 99.9th percentile) for a concept or a feature; a negative strength moves away. clamp: each
+    feature is set to `value` times its scale; ablate: clamp to 0. Clamp and ablate keep the SAE's error term.
     """
 
     op: Literal["add", "clamp", "ablate"] = "add"
@@ -62,20 +66,40 @@ class Steer(_Section):
 class Rule(_Section):
     """One condition and its action. Several rules for a domain escalate: the most severe that fires prevails."""
 
-    domain: Domain
+    domain: Domain | None = None
+    concept: Annotated[str, Field(min_length=1)] | None = None
+    """`DOMAIN/CONCEPT`: the bank's features that are tagged with it."""
+    feature: Annotated[str, Field(pattern=r"^L\d+/\d+$")] | None = None
+    """A feature's id, such as `L14/123`."""
     scope: tuple[Phase, ...] = Field(default=("prompt", "response"), min_length=1)
     threshold: Threshold
     evidence_tokens: Annotated[int, Field(ge=1, le=64)] | None = None
     """Consecutive tokens that must reach the threshold (fewer if the message is shorter) before the rule
-    fires. None: the number with which the bank's thresholds were calibrated."""
+    fires. None: the number with which the bank's thresholds were calibrated, for a domain, and otherwise 1."""
     action: Literal["flag", "steer", "block"]
     steer: Steer = Steer()
     name: str = ""
 
+    @model_validator(mode="after")
+    def _one_target(self) -> Rule:
+        if sum(value is not None for value in (self.domain, self.concept, self.feature)) != 1:
+            raise ValueError("give exactly one of 'domain', 'concept' and 'feature'")
+        if (self.domain is None) != (self.threshold.activation is not None):
+            raise ValueError(
+                "a rule on a domain takes a threshold as 'probability' or 'fpr', one on a concept or a feature as "
+                "'activation'"
+            )
+        return self
+
+    @property
+    def target(self) -> str:
+        """The domain, concept or feature that the rule is about."""
+        return self.domain or self.concept or self.feature or ""
+
     @property
     def label(self) -> str:
         """The name by which verdicts refer to the rule."""
-        return self.name or f"{self.domain}-{self.action}"
+        return self.name or f"{self.target}-{self.action}"
 
 
 class Policy(_Section):
@@ -102,7 +126,13 @@ class Policy(_Section):
     @property
     def version(self) -> str:
         """Name and a short hash of the contents."""
-        return f"{self.name}+{hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]}"
+        data = self.model_dump(mode="json")
+        for rule in data["rules"]:  # a field that came later and is not used leaves a policy what it was
+            for part, name in ((rule, "concept"), (rule, "feature"), (rule["threshold"], "activation")):
+                if part[name] is None:
+                    del part[name]
+        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+        return f"{self.name}+{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @classmethod
     def default(cls) -> Policy:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from feature_bank.bank import Bank
 from guard.encoder import SelectedEncoder
+from guard.heads import BoundRule
 from guard.policy import Steer
 
 
@@ -28,21 +29,26 @@ class Steering:
         """Whether any sequence is steered."""
         return bool(self._add) or bool(self._clamped)
 
-    def steer_domain(self, row: int, domain: str, steer: Steer) -> None:
-        """Put a policy's steering of a domain into force on one sequence, at every hook point.
+    def steer(self, row: int, bound: BoundRule) -> None:
+        """Put a rule's steering into force on one sequence, at every hook point.
 
         Doing so again (the rule fired on the prompt and on the response) changes nothing.
         """
-        if (row, domain, steer) in self._in_force:
+        steer = bound.rule.steer
+        if (row, bound.rule.target, steer) in self._in_force:
             return
-        self._in_force.add((row, domain, steer))
-        head = self._bank.heads[domain]
-        position = {feature.id: i for i, feature in enumerate(self._bank.features)}
+        self._in_force.add((row, bound.rule.target, steer))
         gains = torch.zeros(self._encoder.n_features)
         chosen = torch.zeros(self._encoder.n_features, dtype=torch.bool)
-        for feature, weight, delta in zip(head.features, head.weights, head.steering, strict=True):
-            gains[position[feature]] = steer.strength * delta
-            chosen[position[feature]] = weight > 0
+        if bound.head is None:
+            gains[bound.columns] = steer.strength * self._encoder.scale.cpu()[bound.columns]
+            chosen[bound.columns] = True
+        else:
+            head = self._bank.heads[bound.domain]
+            position = {feature.id: i for i, feature in enumerate(self._bank.features)}
+            for feature, weight, delta in zip(head.features, head.weights, head.steering, strict=True):
+                gains[position[feature]] = steer.strength * delta
+                chosen[position[feature]] = weight > 0
         if steer.op == "add":
             self.add(row, gains)
         else:

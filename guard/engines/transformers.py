@@ -57,7 +57,8 @@ class TransformersEngine:
         self._special = frozenset(tokenizer.all_special_ids)
         self._expect_ends(self.end_ids)
         self._template = template_segments(tokenizer, self._special)
-        self._steers = {rule.label: rule.steer for rule in monitor.policy.rules}
+        tables = (*monitor.rules.values(), monitor.streaming_rules)
+        self._bound = {bound.rule.label: bound for table in tables for bound in table.rules}
         self._hooks = monitor.encoder.hook_names
         self._last_hook = max(self._hooks, key=execution_order)
         self._hidden: dict[str, Tensor] = {}
@@ -250,7 +251,7 @@ class TransformersEngine:
                 if self._steering is None:
                     batch = len(self.state.request_ids)
                     self._steering = Steering(self.monitor.bank, self.monitor.encoder, batch)
-                self._steering.steer_domain(row, verdict.domain, self._steers[verdict.rule])
+                self._steering.steer(row, self._bound[verdict.rule])
 
     def _failed(self, error: Exception) -> None:
         """An internal error: counted, logged, and by default every sequence of the batch is stopped."""

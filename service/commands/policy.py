@@ -106,6 +106,7 @@ def _rule(monitor: Monitor, number: int) -> dict[str, Any]:
 def _conditions(monitor: Monitor, number: int) -> Iterator[tuple[str, tuple[BoundRule, str]]]:
     """Of each way in which text is judged that the rule is for: the rule as it is bound there, and when it fires."""
     rule, pooling = monitor.policy.rules[number], monitor.bank.pooling
+    on_features = rule.domain is None
     whole = f"averaged over {pooling.window} tokens or a shorter text"
     later = f"from token {pooling.settle_tokens} on, averaged over the last {pooling.window}"
     ways = (
@@ -119,19 +120,25 @@ def _conditions(monitor: Monitor, number: int) -> Iterator[tuple[str, tuple[Boun
                 fpr = rule.threshold.fpr
                 rate = "" if fpr is None else f" ({100 * fpr:g} % of the calibration's negatives reach it)"
                 tokens = "1 token" if bound.evidence_tokens == 1 else f"{bound.evidence_tokens} tokens running"
-                yield name, (bound, f"{what}: at a probability of {bound.threshold:.3f}{rate} on {tokens}, {where}")
+                if on_features:
+                    what_fires = "the feature" if rule.feature else f"any of {len(bound.columns)} features"
+                    text = f"{what}: where {what_fires} is at {bound.threshold:g} of its 99.9th percentile on {tokens}"
+                else:
+                    text = f"{what}: at a probability of {bound.threshold:.3f}{rate} on {tokens}, {where}"
+                yield name, (bound, text)
 
 
 def _then(monitor: Monitor, number: int) -> str:
     rule = monitor.policy.rules[number]
     if rule.action == "flag":
-        return f"{rule.domain} is reported, nothing else changes"
+        return f"{rule.target} is reported, nothing else changes"
     if rule.action == "block":
-        return f"{rule.domain} stops the generation before the deciding token is shown"
+        return f"{rule.target} stops the generation before the deciding token is shown"
+    what = "the domain's" if rule.domain else "the concept's" if rule.concept else "the feature's"
     steer = rule.steer
     how = {
-        "add": f"{steer.strength:+g} times the domain's direction is added",
-        "clamp": f"the domain's features are held at {steer.value:g} of their scale",
-        "ablate": "the domain's features are taken out",
+        "add": f"{steer.strength:+g} times {what} direction is added",
+        "clamp": f"{what} activation is held at {steer.value:g} of its scale",
+        "ablate": f"{what} activation is taken out",
     }[steer.op]
-    return f"{rule.domain} is steered from the next token on: {how}"
+    return f"{rule.target} is steered from the next token on: {how}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,9 +66,10 @@ def test_a_streamed_token_is_judged_by_all_prefixes_so_far(bank_of: MakeBank, n:
     logits = monitor.judge(acts, segment).logits
     expected = {}
     for bound in monitor.streaming_rules.rules:
-        agreed = agreement(logits[:, bound.domain, None], segment, bound.evidence_tokens, settled=settle)[:, 0]
-        if (hits := (agreed >= bound.logit).nonzero()).numel():
-            expected[bound.rule.label] = int(hits[0]), bound.domain
+        assert bound.head is not None
+        agreed = agreement(logits[:, bound.head, None], segment, bound.evidence_tokens, settled=settle)[:, 0]
+        if (hits := (agreed >= bound.level).nonzero()).numel():
+            expected[bound.rule.label] = int(hits[0]), bound.head
     assert {v.rule: v.token_index for v in streamed} == {rule: at for rule, (at, _) in expected.items()}
     for verdict in streamed:
         at, domain = expected[verdict.rule]
@@ -101,6 +103,56 @@ def test_examples_fire_and_do_not_fire(monitor: Monitor) -> None:
     fired = [{v.rule for v in whole(monitor, activations(monitor, 40, seed))} for seed in range(50)]
     for rule in ("violence-flag", "violence-block", "terror-flag", "politics-steer"):
         assert 0 < sum(rule in names for names in fired) < 50, rule
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n=st.integers(1, 90), seed=st.integers(0, 50), tokens=st.integers(1, 4))
+def test_a_rule_on_a_feature_fires_streamed_where_it_fires_on_the_whole(
+    bank_of: MakeBank, n: int, seed: int, tokens: int
+) -> None:
+    bank = bank_of(**VARIED)
+    first, *others = bank.features
+    target = {"evidence_tokens": tokens, "action": "flag"}
+    rules = [
+        {**target, "feature": first.id, "threshold": {"activation": 0.02}},
+        *({**target, "feature": f.id, "threshold": {"activation": 0.1}} for f in others[:3]),
+        RULES[0],
+    ]
+    monitor = Monitor(bank, make_policy(*rules), CPU)
+    acts = activations(monitor, n, seed)
+    state = monitor.begin(["r"])
+    streamed = [v for token in acts for _, v in monitor.observe_step(state, token[None])]
+    streamed += [v for _, v in monitor.finish(state)]
+    on_features = [v for v in streamed if v.rule != "violence-flag"]
+    assert keys(on_features) == keys([v for v in whole(monitor, acts) if v.rule != "violence-flag"])
+    for verdict in on_features:
+        (hit,) = verdict.features
+        assert verdict.rule == f"{hit.id}-flag"
+        assert verdict.domain == bank.by_id[hit.id].domains[0]
+        assert verdict.score == pytest.approx(hit.activation, abs=1e-5)
+        assert verdict.score >= verdict.threshold
+        least = acts[max(0, verdict.token_index - tokens + 1) : verdict.token_index + 1]
+        place = [f.id for f in bank.features].index(hit.id)
+        assert float(least[:, place].min()) >= verdict.threshold
+
+
+def test_a_rule_on_a_concept_follows_the_strongest_of_its_features(bank_of: MakeBank) -> None:
+    bank = bank_of(**VARIED)
+    concept = "violence/assault"
+    features = tuple(
+        f.model_copy(update={"concepts": [concept] if i in (1, 4) else []}) for i, f in enumerate(bank.features)
+    )
+    rule = {"concept": concept, "threshold": {"activation": 0.5}, "action": "flag", "evidence_tokens": 2}
+    monitor = Monitor(replace(bank, features=features), make_policy(rule), CPU)
+    acts = torch.zeros(6, len(features))
+    acts[2, 1], acts[3, 4], acts[5, 0] = 0.6, 0.7, 9.0
+    state = monitor.begin(["r"])
+    (streamed,) = [v for token in acts for _, v in monitor.observe_step(state, token[None])]
+    (at_once,) = whole(monitor, acts)
+    for verdict in (streamed, at_once):
+        assert (verdict.rule, verdict.token_index, verdict.domain) == (f"{concept}-flag", 3, "violence")
+        assert [hit.id for hit in verdict.features] == [features[4].id]
+        assert verdict.score == pytest.approx(0.7)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -145,6 +197,20 @@ def test_prompt_verdicts_carry_the_prompts_positions(monitor: Monitor) -> None:
     assert state.verdicts[0] == []
     assert np.isneginf(state.best_prompt[0]).all()
     assert monitor.observe_prompt(state, 0, acts[:0], segment[:0], segment[:0]) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_a_response_too_short_to_settle_is_judged_by_its_last_token_whatever_the_evidence(
+    bank_of: MakeBank, tokens: int
+) -> None:
+    pooling = POOLING.model_copy(update={"settle_tokens": 4})
+    rule = {"domain": "violence", "action": "block", "evidence_tokens": tokens}
+    monitor = Monitor(bank_of(pooling=pooling, violence=True), make_policy(rule), CPU)
+    state = monitor.begin(["r"])
+    for token in activations(monitor, 2):
+        assert monitor.observe_step(state, token[None]) == []
+    ((row, verdict),) = monitor.finish(state)
+    assert (row, verdict.token_index, state.blocked) == (0, 1, [True])
 
 
 def test_rule_fires_once_a_sequence(monitor: Monitor) -> None:

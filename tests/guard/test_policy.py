@@ -51,6 +51,7 @@ def test_version_follows_the_contents(tmp_path: Path) -> None:
     assert first == Policy.load(write(path, {"rules": [RULE], "on_error": "block"})).version
     assert first != Policy.load(write(path, {"rules": [RULE], "on_error": "allow"})).version
     assert first.startswith("default+")
+    assert Policy.default().version == "default+bb52d98d"  # it stands in published results
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,12 @@ def test_version_follows_the_contents(tmp_path: Path) -> None:
         ({"rules": [{**RULE, "threshold": {"probability": float("nan")}}]}, "rules.0.threshold.probability"),
         ({"rules": [{**RULE, "threshold": {"fpr": 0}}]}, "rules.0.threshold.fpr"),
         ({"rules": [{**RULE, "domain": "weather"}]}, "rules.0.domain"),
+        ({"rules": [{**RULE, "feature": "L1/2"}]}, "rules.0"),
+        ({"rules": [{"threshold": {"probability": 0.5}, "action": "flag"}]}, "rules.0"),
+        ({"rules": [{**RULE, "threshold": {"activation": 0.5}}]}, "rules.0"),
+        ({"rules": [{"feature": "L1/2", "threshold": {"fpr": 0.01}, "action": "flag"}]}, "rules.0"),
+        ({"rules": [{"feature": "12", "threshold": {"activation": 0.5}, "action": "flag"}]}, "rules.0.feature"),
+        ({"rules": [{"feature": "L1/2", "threshold": {"activation": -1}}]}, "rules.0.threshold.activation"),
         ({"rules": [RULE, {**RULE, "action": "shout", "name": "x"}]}, "rules.1.action"),
         ({"rules": [{**RULE, "scope": ["prompt", "thoughts"]}]}, "rules.0.scope.1"),
         ({"rules": [{**RULE, "scope": []}]}, "rules.0.scope"),
@@ -171,6 +178,25 @@ def test_what_the_bank_does_not_hold_is_refused_with_its_place(
     path = write(tmp_path / "p.yaml", "rules:\n  - {domain: terror, threshold: {fpr: 0.02}, action: flag}\n")
     with pytest.raises(PolicyError, match=r"line 2, column 34, rule 'terror-flag', field 'threshold\.fpr'"):
         Monitor(bank, Policy.load(path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "part"),
+    [
+        ("feature: L77/1, threshold: {activation: 0.5}", "the bank has no feature 'L77/1'"),
+        ("concept: politics/nonsense, threshold: {activation: 0.5}", "no feature of the bank has the concept"),
+        ("feature: FIRST, threshold: {activation: 50}", "no activation reaches 50"),
+    ],
+)
+def test_a_feature_or_concept_that_nothing_can_come_of_is_refused_with_its_place(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, rule: str, part: str
+) -> None:
+    bank = make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer)
+    path = tmp_path / "p.yaml"
+    path.write_text(f"rules:\n  - {{{rule.replace('FIRST', bank.features[0].id)}, action: flag}}\n")
+    with pytest.raises(PolicyError, match=r"line 2, column \d+") as error:
+        Monitor(bank, Policy.load(path), torch.device("cpu"))
+    assert part in str(error.value)
 
 
 def test_the_published_schema_is_the_one_that_applies() -> None:

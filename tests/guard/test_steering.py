@@ -11,9 +11,10 @@ import torch
 from feature_bank.bank import Bank, Rows, save_bank
 from feature_bank.schema import Heads
 from guard.encoder import SelectedEncoder
+from guard.heads import BoundRule, DomainHeads, bind_rules
 from guard.policy import Steer
 from guard.steering import Steering
-from tests.factories import HOOKS, PER_HOOK, make_bank
+from tests.factories import HOOKS, PER_HOOK, make_bank, make_policy
 
 HOOK = HOOKS[0]
 F = 2 * PER_HOOK
@@ -48,6 +49,14 @@ def hidden() -> torch.Tensor:
     return torch.randn(3, 5, 32)
 
 
+def rule(bank: Bank, steer: Steer, **target: str) -> BoundRule:
+    """A rule that steers a domain, or what else is named, bound to the bank."""
+    given = {"threshold": {"activation": 0.5}, **target} if target else {"domain": "violence"}
+    policy = make_policy({**given, "action": "steer", "steer": steer.model_dump()})
+    heads = DomainHeads(bank, torch.device("cpu"))
+    return bind_rules(policy, bank, heads, "response", streaming=True).rules[0]
+
+
 def one(feature: int) -> torch.Tensor:
     chosen = torch.zeros(F, dtype=torch.bool)
     chosen[feature] = True
@@ -65,7 +74,7 @@ def test_only_chosen_sequences_and_positions_change(
     bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor, op: Any
 ) -> None:
     steering = Steering(bank, encoder, 3)
-    steering.steer_domain(1, "violence", Steer(op=op, strength=2.0, value=3.0))
+    steering.steer(1, rule(bank, Steer(op=op, strength=2.0, value=3.0)))
     positions = torch.tensor([[True, False, True, False, True]] * 3)
     before = hidden.clone()
     steered = applied(steering, hidden, positions)
@@ -97,7 +106,7 @@ def test_policys_add_moves_by_strength_times_the_banks_difference(
 ) -> None:
     head = bank.heads["violence"]
     steering = Steering(bank, encoder, 3)
-    steering.steer_domain(2, "violence", Steer(op="add", strength=-1.5))
+    steering.steer(2, rule(bank, Steer(op="add", strength=-1.5)))
     expected = torch.zeros(32)
     for feature, delta in zip(head.features, head.steering, strict=True):
         record = bank.by_id[feature]
@@ -149,10 +158,28 @@ def test_ablating_a_silent_feature_changes_no_bit(bank: Bank, encoder: SelectedE
     assert torch.equal(applied(steering, hidden)[0, silent], hidden[0, silent])
 
 
+def test_a_rule_on_a_feature_or_concept_steers_that_and_nothing_else(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor
+) -> None:
+    record = bank.features[2]
+    added = Steering(bank, encoder, 3)
+    added.steer(0, rule(bank, Steer(op="add", strength=-2.0), feature=record.id))
+    expected = torch.zeros(F)
+    expected[2] = -2.0 * record.scale
+    by_hand = Steering(bank, encoder, 3)
+    by_hand.add(0, expected)
+    assert torch.equal(applied(added, hidden), applied(by_hand, hidden))
+    clamped = Steering(bank, encoder, 3)
+    clamped.steer(1, rule(bank, Steer(op="clamp", value=1.5), feature=record.id))
+    by_hand = Steering(bank, encoder, 3)
+    by_hand.clamp(1, one(2), 1.5)
+    assert torch.equal(applied(clamped, hidden), applied(by_hand, hidden))
+
+
 def test_zero_gains_touch_nothing(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:
     steering = Steering(bank, encoder, 3)
     steering.add(0, torch.zeros(F))
-    steering.steer_domain(1, "violence", Steer(op="add", strength=0.0))
+    steering.steer(1, rule(bank, Steer(op="add", strength=0.0)))
     steering.clamp(2, torch.zeros(F, dtype=torch.bool), 5.0)
     assert not steering.active
     assert all(steering.apply(hook, hidden) is None for hook in HOOKS)
@@ -162,7 +189,7 @@ def test_positions_that_hold_no_steered_sequence_touch_nothing(
     bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor
 ) -> None:
     steering = Steering(bank, encoder, 3)
-    steering.steer_domain(1, "violence", Steer())
+    steering.steer(1, rule(bank, Steer()))
     positions = torch.ones(3, 5, dtype=torch.bool)
     positions[1] = False
     assert steering.apply(HOOK, hidden, positions) is None
@@ -170,16 +197,16 @@ def test_positions_that_hold_no_steered_sequence_touch_nothing(
 
 def test_same_steering_twice_is_in_force_once(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:
     once, twice = Steering(bank, encoder, 3), Steering(bank, encoder, 3)
-    once.steer_domain(0, "violence", Steer())
+    once.steer(0, rule(bank, Steer()))
     for _ in range(2):
-        twice.steer_domain(0, "violence", Steer())
+        twice.steer(0, rule(bank, Steer()))
     assert torch.equal(applied(once, hidden), applied(twice, hidden))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_dtype_is_kept(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor, dtype: torch.dtype) -> None:
     steering = Steering(bank, encoder, 3)
-    steering.steer_domain(1, "violence", Steer())
+    steering.steer(1, rule(bank, Steer()))
     steered = applied(steering, hidden.to(dtype))
     assert steered.dtype == dtype
     assert torch.equal(steered[[0, 2]], hidden.to(dtype)[[0, 2]])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from feature_bank.bank import Bank, shipped_bank_path
 from guard.policy import Policy
 from guard.policy_file import shipped_policies
 from service.cli import EXIT_ERROR, build_app
@@ -36,7 +37,7 @@ def test_a_policy_is_said_in_words_and_in_figures(tmp_path: Path) -> None:
     said = run("explain", policy).stdout
     assert "violence-block: violence stops the generation" in said
     assert "answers as they come: at a probability of 0.750 on 1 token" in said
-    assert "terror is steered from the next token on: the domain's features are held at 0.5 of their scale" in said
+    assert "terror is steered from the next token on: the domain's activation is held at 0.5 of its scale" in said
     assert "(1 % of the calibration's negatives reach it)" in said
     assert "If the guard itself fails: the generation goes on, and its report is flagged." in said
     assert "A blocked answer ends with: STOP" in said
@@ -46,6 +47,23 @@ def test_a_policy_is_said_in_words_and_in_figures(tmp_path: Path) -> None:
     assert block["thresholds"]["response"] == 0.75
     assert set(steer["when"]) == {"prompt", "response", "whole response"}
     assert (found["on_error"], found["refusal"]) == ("flag", "STOP")
+
+
+def test_rules_on_concepts_and_features_are_said_in_words(tmp_path: Path) -> None:
+    bank = Bank.load(shipped_bank_path())
+    feature = bank.features[0]
+    concept = next(concept for f in bank.features for concept in f.concepts)
+    n = sum(concept in f.concepts for f in bank.features)
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        f"rules:\n- {{feature: {feature.id}, threshold: {{activation: 0.4}}, action: block}}\n"
+        f"- {{concept: {concept}, threshold: {{activation: 0.8}}, action: steer, steer: {{op: ablate}}}}\n"
+    )
+    said = run("explain", path).stdout
+    assert f"{feature.id}-block: {feature.id} stops the generation" in said
+    assert "prompts: where the feature is at 0.4 of its 99.9th percentile on 1 token" in said
+    assert f"{concept} is steered from the next token on: the concept's activation is taken out" in said
+    assert f"answers as they come: where any of {n} features is at 0.8 of its 99.9th percentile on 1 token" in said
 
 
 @pytest.mark.parametrize(
