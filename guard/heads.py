@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +20,12 @@ from guard.policy import Policy, Rule
 
 class DomainHeads:
     """Linear heads with their calibration folded in: features (n, F) -> evidence (n, D); averaged, plus bias
-    = logits."""
+    = logits.
 
-    def __init__(self, bank: Bank, device: torch.device) -> None:
+    allowed: of a domain, the places of features that are not to raise its score; where one lowers it, it still does.
+    """
+
+    def __init__(self, bank: Bank, device: torch.device, allowed: Mapping[str, Sequence[int]] | None = None) -> None:
         self.domains = tuple(bank.heads)
         self.pooling = bank.pooling
         position = {feature.id: i for i, feature in enumerate(bank.features)}
@@ -33,6 +36,8 @@ class DomainHeads:
             slope = head.calibration.slope
             for feature, value in zip(head.features, head.weights, strict=True):
                 weight[position[feature], column] = slope * value
+            places = list((allowed or {}).get(domain, ()))
+            weight[places, column] = weight[places, column].clamp_max(0.0)
             bias[column] = slope * head.bias + head.calibration.intercept
         self.weight: Float[Tensor, "F D"] = weight.to(device)
         self.bias: Float[Tensor, " D"] = bias.to(device)
@@ -42,6 +47,28 @@ class DomainHeads:
     def evidence(self, feature_acts: Float[Tensor, "n F"]) -> Float[Tensor, "n D"]:
         """What each token adds to the moving average of each domain."""
         return feature_acts.clamp_max(self.pooling.ceiling) @ self.weight
+
+
+def allowed_features(policy: Policy, bank: Bank) -> dict[str, list[int]]:
+    """Of each domain, the places of the features that tell nothing of it but concepts which the policy allows.
+
+    Raises PolicyError for a concept that no feature of the bank has, or that a rule is about.
+    """
+    for number, concept in enumerate(policy.allow):
+        place = policy.place(f"field 'allow.{number}'", "allow", number)
+        if not any(concept in feature.concepts for feature in bank.features):
+            raise PolicyError(
+                f"{place}: no feature of the bank has the concept {concept!r}; concepts are DOMAIN/CONCEPT, and "
+                "`sailguard taxonomy list` names them"
+            )
+        rule = next((rule for rule in policy.rules if rule.concept == concept), None)
+        if rule is not None:
+            raise PolicyError(f"{place}: {concept!r} is allowed, but rule {rule.label!r} is about it; remove either")
+    found: dict[str, list[int]] = {}
+    for domain in dict.fromkeys(concept.rpartition("/")[0] for concept in policy.allow):
+        own = [[c for c in feature.concepts if c.startswith(f"{domain}/")] for feature in bank.features]
+        found[domain] = [i for i, concepts in enumerate(own) if concepts and set(concepts) <= set(policy.allow)]
+    return found
 
 
 class BoundRule(NamedTuple):

@@ -18,7 +18,7 @@ from feature_bank.heads import agreement, moving_average
 from guard.encoder import SelectedEncoder
 from guard.errors import GuardError
 from guard.events import FeatureHit, Phase, Verdict
-from guard.heads import BoundRule, DomainHeads, bind_rules, check_reachable
+from guard.heads import BoundRule, DomainHeads, allowed_features, bind_rules, check_reachable
 from guard.native import MAX_BATCH, CompiledStep, HookRows, is_half, library
 from guard.policy import Policy
 from guard.state import BatchState
@@ -44,7 +44,8 @@ class Monitor:
         self.policy = policy
         self.device = device
         self.encoder = SelectedEncoder(bank, device)
-        self.heads = DomainHeads(bank, device)
+        self.allowed = allowed_features(policy, bank)
+        self.heads = DomainHeads(bank, device, self.allowed)
         phases: tuple[Phase, ...] = ("prompt", "response")
         self.rules = {p: bind_rules(policy, bank, self.heads, p, streaming=False) for p in phases}
         self.streaming_rules = bind_rules(policy, bank, self.heads, "response", streaming=True)

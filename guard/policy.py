@@ -109,6 +109,9 @@ class Policy(_Section):
     rules: tuple[Rule, ...]
     refusal: str = "I can't continue with this: the conversation was stopped by a safety policy."
     on_error: Literal["block", "flag", "allow"] = "block"
+    allow: tuple[str, ...] = ()
+    """Concepts, as `DOMAIN/CONCEPT`, that may be talked about: features that tell only these of a domain do not raise
+    its score."""
     _text: PolicyText | None = PrivateAttr(default=None)
     """What it was read from, if it was read from a file."""
 
@@ -131,6 +134,8 @@ class Policy(_Section):
             for part, name in ((rule, "concept"), (rule, "feature"), (rule["threshold"], "activation")):
                 if part[name] is None:
                     del part[name]
+        if not self.allow:
+            del data["allow"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
         return f"{self.name}+{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -164,7 +169,11 @@ class Policy(_Section):
         """Where a rule, or a field of it, stands: for the beginning of an error message."""
         number = next(i for i, known in enumerate(self.rules) if known is rule)
         name = f"rule {rule.label!r}" + (f", field {'.'.join(field)!r}" if field else "")
-        return name if self._text is None else f"{self._text.where(('rules', number, *field))}, {name}"
+        return self.place(name, "rules", number, *field)
+
+    def place(self, name: str, *field: str | int) -> str:
+        """`name`, and before it where the field stands if the policy was read from a file."""
+        return name if self._text is None else f"{self._text.where(field)}, {name}"
 
 
 _HARMFUL: tuple[Domain, ...] = ("pornography", "violence", "terror")

@@ -59,12 +59,16 @@ def explain(policy: PolicyArgument, bank: BankOption = None, as_json: JsonOption
     rules = [_rule(monitor, number) for number in range(len(monitor.policy.rules))]
     if as_json:
         given = monitor.policy
-        facts = {"policy": given.version, "bank": monitor.bank.version}
+        facts = {"policy": given.version, "bank": monitor.bank.version, "allow": list(given.allow)}
         print_json({**facts, "on_error": given.on_error, "refusal": given.refusal, "rules": rules})
         return
     lines = [f"{monitor.policy.version} with {monitor.bank.version}", ""]
     for rule in rules:
         lines += [f"{rule['name']}: {rule['then']}", *(f"  {text}" for text in rule["when"].values())]
+    lines += [
+        f"allowed: {len(places)} features tell nothing of {domain} but allowed concepts, and do not raise its score"
+        for domain, places in monitor.allowed.items()
+    ]
     lines += ["", f"If the guard itself fails: {_ON_ERROR[monitor.policy.on_error]}."]
     if any(rule.action == "block" for rule in monitor.policy.rules):
         lines.append(f"A blocked answer ends with: {monitor.policy.refusal}")

@@ -155,6 +155,56 @@ def test_a_rule_on_a_concept_follows_the_strongest_of_its_features(bank_of: Make
         assert verdict.score == pytest.approx(0.7)
 
 
+def test_an_allowed_concept_can_only_lower_scores_and_touches_no_other_domain(bank_of: MakeBank) -> None:
+    bank = bank_of(**VARIED)
+    allowed, other = "violence/boxing", "violence/assault"
+    tags = {2: [allowed], 6: [allowed, other], 10: ["terror/attack", allowed]}
+    bank = replace(
+        bank,
+        features=tuple(f.model_copy(update={"concepts": tags.get(i, [])}) for i, f in enumerate(bank.features)),
+    )
+    plain, allowing = (Monitor(bank, make_policy(*RULES, allow=allow), CPU) for allow in ([], [allowed]))
+    assert allowing.allowed == {"violence": [2, 10]}
+    violence = plain.domains.index("violence")
+    before, after = plain.heads.weight, allowing.heads.weight
+    changed = (before != after).nonzero().tolist()
+    assert changed == [[place, violence] for place in (2, 10) if before[place, violence] > 0]
+    assert (after <= before).all()
+    acts, segment = activations(plain, 60), torch.zeros(60, dtype=torch.long)
+    assert (allowing.judge(acts, segment).logits <= plain.judge(acts, segment).logits + 1e-6).all()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("tokens", [2000, 8000])
+def test_a_long_harmless_text_does_not_add_up_and_a_short_harmful_span_in_it_is_not_diluted(
+    bank_of: MakeBank, streaming: bool, tokens: int
+) -> None:
+    rule = {"domain": "violence", "action": "flag", "threshold": {"probability": 0.8}}
+    monitor = Monitor(bank_of(**VARIED), make_policy(rule), CPU)
+    violence = monitor.domains.index("violence")
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.5 + 0.1 * torch.rand(tokens, monitor.encoder.n_features, generator=generator)
+    noise *= torch.tensor([f.density for f in monitor.bank.features])  # heads are centred at half of that
+    loud = torch.where(monitor.heads.weight[:, violence] > 0, 1.0, 0.0)
+
+    def fired(acts: torch.Tensor) -> list[int]:
+        if not streaming:
+            return [v.token_index for v in whole(monitor, acts)]
+        state = monitor.begin(["r"])
+        found = [v.token_index for token in acts for _, v in monitor.observe_step(state, token[None])]
+        return found + [v.token_index for _, v in monitor.finish(state)]
+
+    window = monitor.bank.pooling.window
+    assert fired(noise) == []
+    start = tokens - 3 * window
+    harmful = noise.clone()
+    harmful[start : start + window] = loud
+    (at,) = fired(harmful)
+    assert start <= at < start + window
+    alone = fired(torch.cat([noise[:window], harmful[start : start + window]]))
+    assert alone == [at - start + window]  # as soon after a long text as after a short one
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 20), min_size=2, max_size=4), seed=st.integers(0, 50))
 def test_sequences_of_a_batch_are_judged_as_if_alone(monitor: Monitor, lengths: list[int], seed: int) -> None:

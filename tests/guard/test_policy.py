@@ -199,6 +199,27 @@ def test_a_feature_or_concept_that_nothing_can_come_of_is_refused_with_its_place
     assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("allow", "rules", "part"),
+    [
+        ("[politics/nonsense]", "", "no feature of the bank has the concept 'politics/nonsense'"),
+        ("[CONCEPT]", "\n  - {concept: CONCEPT, threshold: {activation: 0.5}, action: flag}", "remove either"),
+    ],
+)
+def test_what_cannot_be_allowed_is_refused_with_its_place(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, allow: str, rules: str, part: str
+) -> None:
+    bank = make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer)
+    concept = "terror/attack"
+    features = (bank.features[0].model_copy(update={"concepts": [concept]}), *bank.features[1:])
+    text = f"rules:\n  - {{domain: terror, threshold: {{fpr: 0.01}}, action: flag}}{rules}\nallow: {allow}\n"
+    path = tmp_path / "p.yaml"
+    path.write_text(text.replace("CONCEPT", concept))
+    with pytest.raises(PolicyError, match=r"line \d, column 9, field 'allow\.0'") as error:
+        Monitor(replace(bank, features=features), Policy.load(path), torch.device("cpu"))
+    assert part in str(error.value)
+
+
 def test_the_published_schema_is_the_one_that_applies() -> None:
     published = Path(__file__).parents[2] / "docs" / "policy.schema.json"
     assert json.loads(published.read_text(encoding="utf-8")) == Policy.model_json_schema(), (
