@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from guard.conditions import concept, domain, feature
     from guard.core import Guard
     from guard.events import Completion, SequenceReport, StreamEvent, TextScore, Trace, Verdict
     from guard.metrics import Metrics
@@ -29,6 +30,9 @@ _HOMES = {
     "Trace": "guard.events",
     "Metrics": "guard.metrics",
     "load_model": "guard.models",
+    "concept": "guard.conditions",
+    "domain": "guard.conditions",
+    "feature": "guard.conditions",
 }
 __all__ = [
     "AttachedGuard",
@@ -42,6 +46,9 @@ __all__ = [
     "TextScore",
     "Trace",
     "Verdict",
+    "concept",
+    "domain",
+    "feature",
     "load_model",
 ]
 

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_bank.bank import Bank, shipped_bank_path
-from guard.policy import Policy
+from guard.conditions import When
+from guard.policy import Condition, Policy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guard.events import Phase
     from guard.metrics import Metrics
     from guard.session import AttachedGuard
 
@@ -48,6 +52,27 @@ class Guard:
         elif not isinstance(policy, Policy):
             policy = Policy.load(policy)
         return cls(bank, policy, metrics)
+
+    def when(
+        self,
+        condition: Condition,
+        *,
+        scope: Sequence[Phase] = ("prompt", "response"),
+        evidence_tokens: int | None = None,
+        name: str = "",
+    ) -> When[Guard]:
+        """A guard with one rule more: `guard.when(feature("L14/2031") > 0.5).clamp(0)`.
+
+        This guard stays as it is. The rules are in its policy, which `Policy.to_yaml` writes; whether the bank holds
+        what they name is seen when it is attached.
+        """
+        return When(
+            condition=condition,
+            add_rule=lambda rule: Guard(self.bank, self.policy.with_rule(rule), self.metrics),
+            scope=tuple(scope),
+            evidence_tokens=evidence_tokens,
+            name=name,
+        )
 
     def attach(self, model: Any, tokenizer: Any) -> AttachedGuard:
         """Hook the guard into a model; use the result as a context manager, or call its `close()`.

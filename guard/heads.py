@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from feature_bank.bank import Bank
 from guard.errors import PolicyError
 from guard.events import Phase
-from guard.policy import Policy, Rule
+from guard.policy import Condition, Policy, Rule, Signal
 
 
 class DomainHeads:
@@ -61,7 +61,7 @@ def allowed_features(policy: Policy, bank: Bank) -> dict[str, list[int]]:
                 f"{place}: no feature of the bank has the concept {concept!r}; concepts are DOMAIN/CONCEPT, and "
                 "`sailguard taxonomy list` names them"
             )
-        rule = next((rule for rule in policy.rules if rule.concept == concept), None)
+        rule = next((rule for rule in policy.rules if any(s.concept == concept for s in rule.signals)), None)
         if rule is not None:
             raise PolicyError(f"{place}: {concept!r} is allowed, but rule {rule.label!r} is about it; remove either")
     found: dict[str, list[int]] = {}
@@ -71,23 +71,42 @@ def allowed_features(policy: Policy, bank: Bank) -> dict[str, list[int]]:
     return found
 
 
-class BoundRule(NamedTuple):
-    """A rule with its target and threshold resolved against the bank."""
+class BoundSignal(NamedTuple):
+    """A domain, concept or feature with its threshold, resolved against the bank."""
 
-    rule: Rule
     domain: str
-    """The domain of its target; empty for a feature that has none."""
+    """Empty for a feature that has none."""
     head: int | None
-    """Column of the domain's head; None if the rule looks at features themselves."""
+    """Column of the domain's head; None for features."""
     columns: npt.NDArray[np.int64]
-    """Those features' places in the bank; empty if there is a head."""
+    """The places in the bank of the features that it looks at, or that speak for the domain."""
     threshold: float
     """Probability or activation."""
     level: float
     """What is compared: the logit of that probability, or the activation."""
+
+
+class BoundRule(NamedTuple):
+    """A rule resolved against the bank. One with several signals compares 1 where its condition holds and else 0."""
+
+    rule: Rule
+    signals: tuple[BoundSignal, ...]
+    domain: str
+    """Of its (first) target; empty for a feature that has none."""
+    head: int | None
+    """Column of the domain's head, of a rule on a single domain."""
+    columns: npt.NDArray[np.int64]
+    """The features that it looks at, or that speak for its domains."""
+    threshold: float
+    level: float
     evidence_tokens: int
     settle_tokens: int
     """The first token of a streaming text, counted from 1, that counts."""
+
+    @property
+    def on_average(self) -> bool:
+        """Whether it looks at a domain, which is judged by an average over tokens."""
+        return any(signal.head is not None for signal in self.signals)
 
 
 class RuleTable:
@@ -100,7 +119,8 @@ class RuleTable:
         self.settle_tokens = np.array([r.settle_tokens for r in rules], dtype=np.int64)
         self.on_heads = np.array([i for i, r in enumerate(rules) if r.head is not None], dtype=np.int64)
         self.heads = np.array([r.head for r in rules if r.head is not None], dtype=np.int64)
-        self.on_features = [i for i, r in enumerate(rules) if r.head is None]
+        self.others = [i for i, r in enumerate(rules) if r.head is None]
+        """Rules that look at features, or at several signals."""
         self.lowest = np.full(domains, np.inf)
         """(domains,): the lowest logit at which any rule of a domain counts."""
         np.minimum.at(self.lowest, self.heads, self.level[self.on_heads])
@@ -111,11 +131,31 @@ class RuleTable:
         """(n, R) what each rule compares, of (n, D) logits and clipped activations, which are asked for if needed."""
         found = np.empty((len(logits), len(self.rules)))
         found[:, self.on_heads] = logits[:, self.heads]
-        if self.on_features:
+        if self.others:
             known = acts()
-            for place in self.on_features:
-                found[:, place] = known[:, self.rules[place].columns].amax(1).cpu().numpy()
+            for place in self.others:
+                found[:, place] = _values(self.rules[place], logits, known)
         return found
+
+
+def _values(bound: BoundRule, logits: npt.NDArray[np.float64], acts: Float[Tensor, "n F"]) -> npt.NDArray[np.float64]:
+    """(n,) what a rule on features, or on several signals, compares."""
+    each = [
+        logits[:, s.head] if s.head is not None else acts[:, s.columns].amax(1).double().cpu().numpy()
+        for s in bound.signals
+    ]
+    if bound.rule.when is None:
+        return each[0]
+    holds = iter([values >= signal.level for values, signal in zip(each, bound.signals, strict=True)])
+    return _holds(bound.rule.when, holds).astype(np.float64)
+
+
+def _holds(condition: Condition, signals: Iterator[npt.NDArray[np.bool_]]) -> npt.NDArray[np.bool_]:
+    """Where a condition holds, of where each of its signals does, in order."""
+    if not condition.parts:
+        return next(signals)
+    parts = np.stack([_holds(part, signals) for part in condition.parts])
+    return np.asarray(parts.all(0) if condition.all is not None else parts.any(0))
 
 
 def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, streaming: bool) -> RuleTable:
@@ -124,82 +164,86 @@ def bind_rules(policy: Policy, bank: Bank, heads: DomainHeads, scope: Phase, *, 
     Raises PolicyError for a domain the bank has no head for, a concept or feature that it does not hold, a threshold
     that it has not or that nothing can reach, or features that it cannot steer.
     """
-    bound = []
-    for rule in policy.rules:
-        if scope not in rule.scope:
-            continue
-        found = (
-            _bind_domain(policy, rule, bank, heads, streaming) if rule.domain else _bind_features(policy, rule, bank)
-        )
-        if rule.action == "steer" and not _steerable(bank, _targets(found, bank)):
-            raise PolicyError(
-                f"{policy.where(rule, 'action')}: the bank has no decoder rows for the features of "
-                f"{rule.target!r}, so that they cannot be steered; flag or block"
-            )
-        bound.append(found)
+    bound = [_bind(policy, rule, bank, heads, streaming) for rule in policy.rules if scope in rule.scope]
     return RuleTable(tuple(bound), len(heads.domains))
 
 
-def _bind_domain(policy: Policy, rule: Rule, bank: Bank, heads: DomainHeads, streaming: bool) -> BoundRule:
-    assert rule.domain is not None
-    if rule.domain not in heads.domains:
+def _bind(policy: Policy, rule: Rule, bank: Bank, heads: DomainHeads, streaming: bool) -> BoundRule:
+    signals = tuple(
+        _bind_domain(policy, rule, signal, bank, heads, streaming)
+        if signal.domain
+        else _bind_features(policy, rule, signal, bank)
+        for signal in rule.signals
+    )
+    if rule.action == "steer" and not _steerable(bank, signals):
         raise PolicyError(
-            f"{policy.where(rule, 'domain')}: the bank has no head for {rule.domain!r}; "
-            f"it has {', '.join(heads.domains)}"
+            f"{policy.where(rule, 'action')}: the bank has no decoder rows for the features of "
+            f"{rule.target!r}, so that they cannot be steered; flag or block"
         )
-    try:
-        probability = rule.threshold.resolve(bank.heads[rule.domain], streaming=streaming)
-    except PolicyError as e:
-        raise PolicyError(f"{policy.where(rule, 'threshold', 'fpr')}: {e}") from None
-    clipped = min(max(probability, 1e-9), 1 - 1e-9)
+    first, single, on_average = signals[0], rule.when is None, any(s.head is not None for s in signals)
     return BoundRule(
         rule=rule,
-        domain=rule.domain,
-        head=heads.domains.index(rule.domain),
-        columns=np.zeros(0, dtype=np.int64),
-        threshold=probability,
-        level=math.log(clipped / (1 - clipped)),
-        evidence_tokens=rule.evidence_tokens or bank.pooling.evidence_tokens,
-        settle_tokens=bank.pooling.settle_tokens,
+        signals=signals,
+        domain=first.domain,
+        head=first.head if single else None,
+        columns=np.unique(np.concatenate([s.columns for s in signals])),
+        threshold=first.threshold if single else 1.0,
+        level=first.level if single else 1.0,
+        evidence_tokens=rule.evidence_tokens or (bank.pooling.evidence_tokens if on_average else 1),
+        settle_tokens=bank.pooling.settle_tokens if on_average else 1,
     )
 
 
-def _bind_features(policy: Policy, rule: Rule, bank: Bank) -> BoundRule:
-    if rule.feature is not None:
-        columns = [i for i, feature in enumerate(bank.features) if feature.id == rule.feature]
-        missing = f"{policy.where(rule, 'feature')}: the bank has no feature {rule.feature!r}; `sailguard bank list`"
+def _bind_domain(
+    policy: Policy, rule: Rule, signal: Signal, bank: Bank, heads: DomainHeads, streaming: bool
+) -> BoundSignal:
+    assert signal.domain is not None
+    assert signal.threshold is not None
+    if signal.domain not in heads.domains:
+        raise PolicyError(
+            f"{policy.where(rule, 'domain')}: the bank has no head for {signal.domain!r}; "
+            f"it has {', '.join(heads.domains)}"
+        )
+    head = bank.heads[signal.domain]
+    try:
+        probability = signal.threshold.resolve(head, streaming=streaming)
+    except PolicyError as e:
+        raise PolicyError(f"{policy.where(rule, 'threshold', 'fpr')}: {e}") from None
+    clipped = min(max(probability, 1e-9), 1 - 1e-9)
+    position = {feature.id: i for i, feature in enumerate(bank.features)}
+    speaking = [position[f] for f, weight in zip(head.features, head.weights, strict=True) if weight > 0]
+    return BoundSignal(
+        domain=signal.domain,
+        head=heads.domains.index(signal.domain),
+        columns=np.array(speaking, dtype=np.int64),
+        threshold=probability,
+        level=math.log(clipped / (1 - clipped)),
+    )
+
+
+def _bind_features(policy: Policy, rule: Rule, signal: Signal, bank: Bank) -> BoundSignal:
+    if signal.feature is not None:
+        columns = [i for i, feature in enumerate(bank.features) if feature.id == signal.feature]
+        missing = f"{policy.where(rule, 'feature')}: the bank has no feature {signal.feature!r}; `sailguard bank list`"
     else:
-        columns = [i for i, feature in enumerate(bank.features) if rule.concept in feature.concepts]
-        missing = f"{policy.where(rule, 'concept')}: no feature of the bank has the concept {rule.concept!r}; "
-        missing += f"`sailguard bank list --concept {rule.concept}`"
+        columns = [i for i, feature in enumerate(bank.features) if signal.concept in feature.concepts]
+        missing = f"{policy.where(rule, 'concept')}: no feature of the bank has the concept {signal.concept!r}; "
+        missing += "`sailguard taxonomy list`"
     if not columns:
         raise PolicyError(f"{missing} names what there is")
-    least, ceiling = rule.threshold.activation, bank.pooling.ceiling
+    assert signal.threshold is not None
+    least, ceiling = signal.threshold.activation, bank.pooling.ceiling
     assert least is not None
     if least > ceiling:
         raise PolicyError(
             f"{policy.where(rule, 'threshold', 'activation')}: no activation reaches {least:g}, for the bank cuts them "
             f"off at {ceiling:g} times a feature's 99.9th percentile"
         )
-    first = bank.features[columns[0]]
-    domain = first.domains[0] if rule.concept is None and first.domains else (rule.concept or "").rpartition("/")[0]
-    return BoundRule(
-        rule=rule,
-        domain=domain,
-        head=None,
-        columns=np.array(columns, dtype=np.int64),
-        threshold=least,
-        level=least,
-        evidence_tokens=rule.evidence_tokens or 1,
-        settle_tokens=1,
+    tags = bank.features[columns[0]].domains
+    domain = next(iter(tags), "") if signal.concept is None else signal.concept.rpartition("/")[0]
+    return BoundSignal(
+        domain=domain, head=None, columns=np.array(columns, dtype=np.int64), threshold=least, level=least
     )
-
-
-def _targets(bound: BoundRule, bank: Bank) -> set[str]:
-    """The ids of the features that steering by a rule changes."""
-    if bound.head is not None:
-        return set(bank.heads[bound.domain].features)
-    return {bank.features[i].id for i in bound.columns}
 
 
 def check_reachable(policy: Policy, tables: Iterable[RuleTable]) -> None:
@@ -229,13 +273,13 @@ def _comes_first(blocker: BoundRule, rule: BoundRule) -> bool:
     return lower and fewer and (blocker.level, blocker.evidence_tokens) != (rule.level, rule.evidence_tokens)
 
 
-def _steerable(bank: Bank, wanted: set[str]) -> bool:
+def _steerable(bank: Bank, signals: Iterable[BoundSignal]) -> bool:
     """Whether any of the features has a decoder row: of some published SAEs there are only encoders."""
-    start = 0
-    for hook in bank.manifest.hook_points:
-        rows = bank.rows[hook.hook_name].W_dec
-        here = bank.features[start : start + hook.n_selected]
-        start += hook.n_selected
-        if rows[[feature.id in wanted for feature in here]].any():
-            return True
-    return False
+    place = {feature.id: i for i, feature in enumerate(bank.features)}
+    wanted: set[int] = set()
+    for signal in signals:
+        wanted.update(signal.columns.tolist())
+        if signal.head is not None:
+            wanted.update(place[feature] for feature in bank.heads[signal.domain].features)
+    rows = np.concatenate([bank.rows[hook.hook_name].W_dec.any(axis=1) for hook in bank.manifest.hook_points])
+    return bool(rows[sorted(wanted)].any())

@@ -132,20 +132,21 @@ class Monitor:
     ) -> list[Verdict]:
         """The rules for `phase` that fire on text that lies there whole, each at its first deciding token."""
         verdicts = []
-        for bound in self.rules[phase].rules:
-            if bound.head is None:
-                values = feature_acts[:, bound.columns].amax(1).clamp_max(self.bank.pooling.ceiling)
-                agreed = agreement(values[:, None], segment, bound.evidence_tokens)[:, 0]
+        table, pooling = self.rules[phase], self.bank.pooling
+        values = table.values(judged.logits.double().cpu().numpy(), lambda: feature_acts.clamp_max(pooling.ceiling))
+        for rule, bound in enumerate(table.rules):
+            if bound.head is not None and bound.evidence_tokens == pooling.evidence_tokens:
+                agreed = judged.agreed[:, bound.head].cpu().numpy()
             else:
-                values, agreed = judged.logits[:, bound.head], judged.agreed[:, bound.head]
-                if bound.evidence_tokens != self.bank.pooling.evidence_tokens:
-                    agreed = self._agreed(values[:, None], segment, bound.evidence_tokens)[:, 0]
-            hits = torch.nonzero(agreed >= bound.level)
-            if hits.numel() == 0:
+                settled = pooling.window if bound.on_average else 1
+                column = torch.from_numpy(values[:, rule, None]).to(segment.device)
+                agreed = agreement(column, segment, bound.evidence_tokens, settled=settled)[:, 0].cpu().numpy()
+            hits = np.flatnonzero(agreed >= bound.level)
+            if not len(hits):
                 continue
-            at = int(hits[0, 0])
+            at = int(hits[0])
             acts = feature_acts[at] if bound.head is None else self.window_average(feature_acts, segment, at)
-            verdicts.append(self._verdict(bound, phase, request_id, int(positions[at]), float(values[at]), acts))
+            verdicts.append(self._verdict(bound, phase, request_id, int(positions[at]), float(values[at, rule]), acts))
         return verdicts
 
     def window_average(
@@ -178,7 +179,7 @@ class Monitor:
             reached = self._compiled(state, [sae_ins[name] for name in self.encoder.hook_names], rows)
         except ArithmeticError as e:
             raise GuardError(_NOT_FINITE) from e
-        return self._decide(state, rows) if reached or state.counting or self.streaming_rules.on_features else []
+        return self._decide(state, rows) if reached or state.counting or self.streaming_rules.others else []
 
     def observe_step(
         self,
@@ -193,7 +194,7 @@ class Monitor:
         clipped = feature_acts.clamp_max(self.bank.pooling.ceiling)
         evidence = (clipped @ self.heads.weight).cpu().numpy()  # the one wait for the device
         reached = self._advance(state, rows, clipped, evidence)
-        return self._decide(state, rows) if reached or state.counting or self.streaming_rules.on_features else []
+        return self._decide(state, rows) if reached or state.counting or self.streaming_rules.others else []
 
     def _advance(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from feature_bank.schema import HeadRecord
@@ -63,16 +64,84 @@ class Steer(_Section):
     value: Annotated[float, Field(ge=-10.0, le=10.0)] = 0.0
 
 
-class Rule(_Section):
-    """One condition and its action. Several rules for a domain escalate: the most severe that fires prevails."""
+class Signal(_Section):
+    """One domain, concept or feature, and from where on it counts."""
 
     domain: Domain | None = None
     concept: Annotated[str, Field(min_length=1)] | None = None
     """`DOMAIN/CONCEPT`: the bank's features that are tagged with it."""
     feature: Annotated[str, Field(pattern=r"^L\d+/\d+$")] | None = None
     """A feature's id, such as `L14/123`."""
+    threshold: Threshold | None = None
+
+    @property
+    def target(self) -> str:
+        """The domain, concept or feature; empty if there is none."""
+        return self.domain or self.concept or self.feature or ""
+
+    def _check_signal(self) -> None:
+        """Raise ValueError unless there is one target with a threshold of its kind."""
+        if sum(value is not None for value in (self.domain, self.concept, self.feature)) != 1:
+            raise ValueError("give exactly one of 'domain', 'concept' and 'feature'")
+        if self.threshold is None:
+            raise ValueError("'threshold' is missing")
+        if (self.domain is None) != (self.threshold.activation is not None):
+            raise ValueError(
+                "a domain takes a threshold as 'probability' or 'fpr', a concept or a feature as 'activation'"
+            )
+
+
+class Condition(Signal):
+    """A signal, or several of which all or any must hold on the same token.
+
+    In code they are made by comparing and joined by & and |: `(feature("L14/2031") > 0.5) & (domain("terror") > 0.6)`.
+    """
+
+    all: tuple[Condition, ...] | None = Field(default=None, min_length=1)
+    any: tuple[Condition, ...] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Condition:
+        forms = [self.all is not None, self.any is not None, self.target != "" or self.threshold is not None]
+        if sum(forms) != 1:
+            raise ValueError("give a signal with its threshold, or 'all', or 'any'")
+        if forms[2]:
+            self._check_signal()
+        return self
+
+    @property
+    def parts(self) -> tuple[Condition, ...]:
+        """What is joined; empty for a signal."""
+        return self.all or self.any or ()
+
+    @property
+    def signals(self) -> tuple[Condition, ...]:
+        """All signals in it, in order."""
+        return tuple(signal for part in self.parts for signal in part.signals) or (self,)
+
+    def __and__(self, other: Condition) -> Condition:
+        return Condition(all=(*(self.all or (self,)), *(other.all or (other,))))
+
+    def __or__(self, other: Condition) -> Condition:
+        return Condition(any=(*(self.any or (self,)), *(other.any or (other,))))
+
+    def __bool__(self) -> bool:
+        raise TypeError("a condition is neither true nor false by itself; join conditions with & and |, in brackets")
+
+    def __str__(self) -> str:
+        if self.threshold is not None:
+            value = self.threshold.probability or self.threshold.activation
+            return f"{self.target} > {value:g}" if value is not None else f"{self.target} at fpr {self.threshold.fpr:g}"
+        word = " & " if self.all is not None else " | "
+        return word.join(f"({part})" if part.parts else str(part) for part in self.parts)
+
+
+class Rule(Signal):
+    """One condition and its action. Several rules for a domain escalate: the most severe that fires prevails."""
+
+    when: Condition | None = None
+    """In place of a domain, concept or feature with its threshold: several of them."""
     scope: tuple[Phase, ...] = Field(default=("prompt", "response"), min_length=1)
-    threshold: Threshold
     evidence_tokens: Annotated[int, Field(ge=1, le=64)] | None = None
     """Consecutive tokens that must reach the threshold (fewer if the message is shorter) before the rule
     fires. None: the number with which the bank's thresholds were calibrated, for a domain, and otherwise 1."""
@@ -81,20 +150,22 @@ class Rule(_Section):
     name: str = ""
 
     @model_validator(mode="after")
-    def _one_target(self) -> Rule:
-        if sum(value is not None for value in (self.domain, self.concept, self.feature)) != 1:
-            raise ValueError("give exactly one of 'domain', 'concept' and 'feature'")
-        if (self.domain is None) != (self.threshold.activation is not None):
-            raise ValueError(
-                "a rule on a domain takes a threshold as 'probability' or 'fpr', one on a concept or a feature as "
-                "'activation'"
-            )
+    def _one_condition(self) -> Rule:
+        if self.when is None:
+            self._check_signal()
+        elif super().target or self.threshold is not None:
+            raise ValueError("'when' stands in place of 'domain', 'concept', 'feature' and 'threshold'")
         return self
 
     @property
     def target(self) -> str:
-        """The domain, concept or feature that the rule is about."""
-        return self.domain or self.concept or self.feature or ""
+        """The domain, concept or feature that the rule is about, or its condition in words."""
+        return super().target if self.when is None else str(self.when)
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """What the rule looks at."""
+        return (self,) if self.when is None else self.when.signals
 
     @property
     def label(self) -> str:
@@ -130,14 +201,25 @@ class Policy(_Section):
     def version(self) -> str:
         """Name and a short hash of the contents."""
         data = self.model_dump(mode="json")
-        for rule in data["rules"]:  # a field that came later and is not used leaves a policy what it was
-            for part, name in ((rule, "concept"), (rule, "feature"), (rule["threshold"], "activation")):
-                if part[name] is None:
-                    del part[name]
+        data["rules"] = [_stable(rule) for rule in data["rules"]]
         if not self.allow:
             del data["allow"]
         text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
         return f"{self.name}+{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def with_rule(self, rule: Rule) -> Policy:
+        """This policy and one rule more. Raises PolicyError if its name is taken."""
+        try:
+            return Policy.model_validate({**dict(self), "rules": (*self.rules, rule)})
+        except ValidationError as e:
+            raise PolicyError(e.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def to_yaml(self) -> str:
+        """As a policy file, which `load` reads back."""
+        text: str = yaml.safe_dump(
+            self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True
+        )
+        return text
 
     @classmethod
     def default(cls) -> Policy:
@@ -160,7 +242,8 @@ class Policy(_Section):
             errors = e.errors()  # a misspelt field is also one that is missing: the spelling is the cause
             first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
             field = ".".join(str(part) for part in first["loc"]) or "rules"
-            reason = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+            reason = first["msg"].removeprefix("Value error, ")
+            reason = "there is no such field" if first["type"] == "extra_forbidden" else reason
             raise PolicyError(f"{text.where(first['loc'])}, field {field!r}: {reason}") from e
         policy._text = text
         return policy
@@ -174,6 +257,17 @@ class Policy(_Section):
     def place(self, name: str, *field: str | int) -> str:
         """`name`, and before it where the field stands if the policy was read from a file."""
         return name if self._text is None else f"{self._text.where(field)}, {name}"
+
+
+_FIRST_FIELDS = ("domain", "scope", "threshold", "evidence_tokens", "action", "steer", "name")
+
+
+def _stable(rule: dict[str, Any]) -> dict[str, Any]:
+    """A rule's fields as versions are taken of them: one that came later only if it is used, so that a policy that
+    does not use it stays the version that it was."""
+    threshold = {name: v for name, v in (rule["threshold"] or {}).items() if name != "activation" or v is not None}
+    later = {name: rule[name] for name in ("concept", "feature", "when") if rule[name] is not None}
+    return {name: rule[name] for name in _FIRST_FIELDS} | {"threshold": threshold} | later
 
 
 _HARMFUL: tuple[Domain, ...] = ("pornography", "violence", "terror")

@@ -160,14 +160,14 @@ def show_policy(console: Console, policy: Policy) -> None:
 
     console.print("The demo has a policy of its own, so that every action is seen:")
     for rule in policy.rules:
-        line = Text(f"  {rule.domain:<12}", style="bold")
+        line = Text(f"  {rule.target:<12}", style="bold")
         line.append(rule.action, style=ACTION_STYLES[rule.action])
         if rule.action == "steer":
             line.append(f" ({rule.steer.op}, strength {rule.steer.strength:g})")
-        if rule.threshold.probability is not None:
-            line.append(f" from a probability of {rule.threshold.probability:g}")
-        else:
+        if rule.threshold is not None and rule.threshold.fpr is not None:
             line.append(f" from the bank's threshold for {rule.threshold.fpr:.0%} of false positives")
+        elif rule.threshold is not None and rule.threshold.probability is not None:
+            line.append(f" from a probability of {rule.threshold.probability:g}")
         if len(rule.scope) == 1:
             line.append(f", in the {rule.scope[0]}")
         console.print(line)

@@ -110,7 +110,6 @@ def _rule(monitor: Monitor, number: int) -> dict[str, Any]:
 def _conditions(monitor: Monitor, number: int) -> Iterator[tuple[str, tuple[BoundRule, str]]]:
     """Of each way in which text is judged that the rule is for: the rule as it is bound there, and when it fires."""
     rule, pooling = monitor.policy.rules[number], monitor.bank.pooling
-    on_features = rule.domain is None
     whole = f"averaged over {pooling.window} tokens or a shorter text"
     later = f"from token {pooling.settle_tokens} on, averaged over the last {pooling.window}"
     ways = (
@@ -121,13 +120,15 @@ def _conditions(monitor: Monitor, number: int) -> Iterator[tuple[str, tuple[Boun
     for name, table, what, where in ways:
         for bound in table.rules:
             if bound.rule is rule:
-                fpr = rule.threshold.fpr
-                rate = "" if fpr is None else f" ({100 * fpr:g} % of the calibration's negatives reach it)"
                 tokens = "1 token" if bound.evidence_tokens == 1 else f"{bound.evidence_tokens} tokens running"
-                if on_features:
-                    what_fires = "the feature" if rule.feature else f"any of {len(bound.columns)} features"
-                    text = f"{what}: where {what_fires} is at {bound.threshold:g} of its 99.9th percentile on {tokens}"
+                if rule.when is not None:
+                    text = f"{what}: where {rule.when} on {tokens}"
+                elif rule.domain is None:
+                    fires = "the feature" if rule.feature else f"any of {len(bound.columns)} features"
+                    text = f"{what}: where {fires} is at {bound.threshold:g} of its 99.9th percentile on {tokens}"
                 else:
+                    fpr = None if rule.threshold is None else rule.threshold.fpr
+                    rate = "" if fpr is None else f" ({100 * fpr:g} % of the calibration's negatives reach it)"
                     text = f"{what}: at a probability of {bound.threshold:.3f}{rate} on {tokens}, {where}"
                 yield name, (bound, text)
 
@@ -138,7 +139,7 @@ def _then(monitor: Monitor, number: int) -> str:
         return f"{rule.target} is reported, nothing else changes"
     if rule.action == "block":
         return f"{rule.target} stops the generation before the deciding token is shown"
-    what = "the domain's" if rule.domain else "the concept's" if rule.concept else "the feature's"
+    what = next((f"the {kind}'s" for kind in ("domain", "concept", "feature") if getattr(rule, kind)), "each part's")
     steer = rule.steer
     how = {
         "add": f"{steer.strength:+g} times {what} direction is added",

@@ -101,7 +101,7 @@ def test_error_names_file_and_field(tmp_path: Path, data: object, field: str) ->
             "rules.0.threshold.fpr",
         ),
         ("name: x\non_error: panic\nrules: []\n", (2, 1), "on_error"),
-        ("rules:\n  - domain: terror\n    action: flag\n", (2, 5), "rules.0.threshold"),
+        ("rules:\n  - domain: terror\n    action: flag\n", (2, 5), "'threshold' is missing"),
         ("name: x\n", (1, 1), "rules"),
         ("rules:\n  - {domain: terror\n    action: flag}\n", (3, 11), "not valid YAML"),
         ("rules: &r [*r]\n", (1, 8), "rules.0"),

@@ -69,7 +69,7 @@ def test_rules_on_concepts_and_features_are_said_in_words(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("rules:\n  - {domain: terror, action: flag}\n", ["line 2, column 5", "rules.0.threshold"]),
+        ("rules:\n  - {domain: terror, action: flag}\n", ["line 2, column 5", "'threshold' is missing"]),
         ("rules: [{domain: terror, threshold: {fpr: 0.02}, action: flag}]\n", ["line 1", "0.02", "0.001, 0.01, 0.05"]),
     ],
 )
