@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,9 @@ from feature_bank.schema import HeadRecord
 from feature_bank.taxonomy import Domain
 from guard.errors import PolicyError
 from guard.events import Phase
-from guard.policy_file import PolicyText, read_policy_text
+from guard.policy_file import PolicyText
+
+Origin = tuple[PolicyText, tuple[str | int, ...]]
 
 
 class _Section(BaseModel):
@@ -184,7 +187,7 @@ class Policy(_Section):
     """Concepts, as `DOMAIN/CONCEPT`, that may be talked about: features that tell only these of a domain do not raise
     its score."""
     _text: PolicyText | None = PrivateAttr(default=None)
-    """What it was read from, if it was read from a file."""
+    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _distinct(self) -> Policy:
@@ -210,9 +213,11 @@ class Policy(_Section):
     def with_rule(self, rule: Rule) -> Policy:
         """This policy and one rule more. Raises PolicyError if its name is taken."""
         try:
-            return Policy.model_validate({**dict(self), "rules": (*self.rules, rule)})
+            policy = Policy.model_validate({**dict(self), "rules": (*self.rules, rule)})
         except ValidationError as e:
             raise PolicyError(e.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        policy.keep_origins(self._text, self._origins)
+        return policy
 
     def to_yaml(self) -> str:
         """As a policy file, which `load` reads back."""
@@ -235,24 +240,26 @@ class Policy(_Section):
     @classmethod
     def load(cls, path: str | Path) -> Policy:
         """Read a policy file, or a shipped policy by name. Raises PolicyError naming file, line, column and field."""
-        text = read_policy_text(path)
-        try:
-            policy = cls.model_validate(text.data)
-        except ValidationError as e:
-            errors = e.errors()  # a misspelt field is also one that is missing: the spelling is the cause
-            first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-            field = ".".join(str(part) for part in first["loc"]) or "rules"
-            reason = first["msg"].removeprefix("Value error, ")
-            reason = "there is no such field" if first["type"] == "extra_forbidden" else reason
-            raise PolicyError(f"{text.where(first['loc'])}, field {field!r}: {reason}") from e
-        policy._text = text
-        return policy
+        from guard.policy_loading import load_policy  # it is made of policies
+
+        return load_policy(path)
+
+    @property
+    def origins(self) -> Mapping[str, Origin]:
+        """Of each rule that was read from a file, by its label, that file and where it stands in it."""
+        return self._origins
+
+    def keep_origins(self, text: PolicyText | None, origins: Mapping[str, Origin]) -> None:
+        """Remember from where the policy and its rules were read, for messages."""
+        self._text, self._origins = text, dict(origins)
 
     def where(self, rule: Rule, *field: str) -> str:
         """Where a rule, or a field of it, stands: for the beginning of an error message."""
-        number = next(i for i, known in enumerate(self.rules) if known is rule)
         name = f"rule {rule.label!r}" + (f", field {'.'.join(field)!r}" if field else "")
-        return self.place(name, "rules", number, *field)
+        if rule.label not in self._origins:
+            return name
+        text, place = self._origins[rule.label]
+        return f"{text.where((*place, *field))}, {name}"
 
     def place(self, name: str, *field: str | int) -> str:
         """`name`, and before it where the field stands if the policy was read from a file."""

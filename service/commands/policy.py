@@ -78,9 +78,9 @@ def explain(policy: PolicyArgument, bank: BankOption = None, as_json: JsonOption
 
 def schema() -> None:
     """Print the JSON Schema of policy files, for editors that complete and check YAML."""
-    from guard.policy import Policy
+    from guard.policy_loading import PolicyFile
 
-    typer.echo(json.dumps(Policy.model_json_schema(), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(PolicyFile.model_json_schema(), indent=2, ensure_ascii=False))
 
 
 def _bind(policy: str, path: Path | None) -> Monitor:

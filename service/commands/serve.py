@@ -45,9 +45,13 @@ def serve(
 
 def _check_files(bank: Path | None, policy: Path | None) -> None:
     """Refuse a bank or policy that cannot be used before anything listens; the server reads them again."""
-    from guard.core import Guard
+    import torch
 
-    Guard.from_bank(bank, policy=policy)
+    from guard.core import Guard
+    from guard.monitor import Monitor
+
+    guard = Guard.from_bank(bank, policy=policy)
+    Monitor(guard.bank, guard.policy, torch.device("cpu"))  # a policy may ask for what the bank does not hold
 
 
 def _listen(settings: Settings) -> socket.socket:

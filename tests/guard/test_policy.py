@@ -18,6 +18,7 @@ from guard.heads import DomainHeads, bind_rules
 from guard.monitor import Monitor
 from guard.policy import Policy
 from guard.policy_file import shipped_policies
+from guard.policy_loading import MAX_DEPTH, PolicyFile
 from tests.factories import make_bank, make_policy
 
 RULE = {"domain": "violence", "threshold": {"probability": 0.8}, "action": "block"}
@@ -220,9 +221,79 @@ def test_what_cannot_be_allowed_is_refused_with_its_place(
     assert part in str(error.value)
 
 
+def test_an_overlay_changes_what_it_names_and_keeps_the_rest(tmp_path: Path) -> None:
+    base = {"name": "base", "refusal": "NO", "on_error": "flag", "rules": [RULE, {**RULE, "domain": "terror"}]}
+    write(tmp_path / "base.yaml", base)
+    stricter = {**RULE, "threshold": {"probability": 0.6}}
+    extra = {"domain": "politics", "threshold": {"fpr": 0.01}, "action": "flag"}
+    overlay = {"extends": "base.yaml", "refusal": "TENANT", "rules": [extra, stricter], "without": ["terror-block"]}
+    policy = Policy.load(write(tmp_path / "acme.yaml", overlay))
+    assert type(policy) is Policy
+    assert [rule.label for rule in policy.rules] == ["violence-block", "politics-flag"]
+    assert policy.rules[0].threshold == Policy.model_validate({"rules": [stricter]}).rules[0].threshold
+    assert (policy.name, policy.refusal, policy.on_error) == ("base", "TENANT", "flag")
+    assert (
+        Policy.load(write(tmp_path / "same.yaml", {"extends": "base.yaml"})).version
+        == Policy.load(tmp_path / "base.yaml").version
+    )
+    deeper = {"extends": "acme.yaml", "name": "deeper", "rules": [{**RULE, "domain": "terror"}]}
+    assert [r.label for r in Policy.load(write(tmp_path / "d.yaml", deeper)).rules] == [
+        "violence-block",
+        "politics-flag",
+        "terror-block",
+    ]
+    again = {"extends": "base.yaml", "without": ["violence-block"], "rules": [stricter]}
+    assert [r.label for r in Policy.load(write(tmp_path / "a.yaml", again)).rules] == ["terror-block", "violence-block"]
+
+
+def test_an_overlay_extends_a_shipped_policy_by_name_and_a_file_beside_it_first(tmp_path: Path) -> None:
+    quieter = {"extends": "strict", "without": ["politics-flag"]}
+    path = write(tmp_path / "p.yaml", quieter)
+    assert [r.label for r in Policy.load(path).rules] == ["pornography-block", "violence-block", "terror-block"]
+    write(tmp_path / "strict", {"rules": [{**RULE, "domain": "politics", "action": "flag"}]})
+    assert Policy.load(path).rules == ()
+
+
+@pytest.mark.parametrize(
+    ("overlay", "parts"),
+    [
+        ("extends: nowhere.yaml\n", ["line 1, column 1, field 'extends'", "nowhere.yaml"]),
+        ("extends: balanced\nwithout: [no-such]\n", ["line 2, column 11, field 'without.0'", "politics-flag"]),
+        ("without: [x]\nrules: []\n", ["line 1, column 1", "needs 'extends'"]),
+        ("extends: p.yaml\n", ["field 'extends'", "in a circle"]),
+        ("extends: broken.yaml\n", ["p.yaml', line 1", "broken.yaml', line 2, column 6", "rules.0.domain"]),
+    ],
+)
+def test_an_overlay_that_cannot_be_laid_is_refused_with_its_place(
+    tmp_path: Path, overlay: str, parts: list[str]
+) -> None:
+    write(tmp_path / "broken.yaml", "rules:\n  - {domain: weather, threshold: {fpr: 0.01}, action: flag}\n")
+    path = write(tmp_path / "p.yaml", overlay)
+    with pytest.raises(PolicyError) as error:
+        Policy.load(path)
+    assert all(part in str(error.value) for part in parts)
+
+
+def test_a_long_chain_of_overlays_ends_in_an_error(tmp_path: Path) -> None:
+    for number in range(MAX_DEPTH + 2):
+        write(tmp_path / f"{number}.yaml", {"extends": f"{number + 1}.yaml"})
+    with pytest.raises(PolicyError, match=f"more than {MAX_DEPTH} deep"):
+        Policy.load(tmp_path / "0.yaml")
+
+
+def test_a_rule_of_the_base_that_fails_is_told_by_its_place_in_the_base(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    bank = make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer)
+    write(tmp_path / "base.yaml", "rules:\n  - {domain: terror, threshold: {fpr: 0.02}, action: flag}\n")
+    path = write(tmp_path / "p.yaml", "extends: base.yaml\nrules: []\n")
+    with pytest.raises(PolicyError, match=r"base\.yaml', line 2, column 34, rule 'terror-flag'"):
+        Monitor(bank, Policy.load(path), torch.device("cpu"))
+
+
 def test_the_published_schema_is_the_one_that_applies() -> None:
     published = Path(__file__).parents[2] / "docs" / "policy.schema.json"
-    assert json.loads(published.read_text(encoding="utf-8")) == Policy.model_json_schema(), (
+    assert json.loads(published.read_text(encoding="utf-8")) == PolicyFile.model_json_schema(), (
         "run `sailguard policy schema > docs/policy.schema.json`"
     )
 

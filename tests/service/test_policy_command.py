@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from feature_bank.bank import Bank, shipped_bank_path
 from guard.policy import Policy
 from guard.policy_file import shipped_policies
+from guard.policy_loading import PolicyFile
 from service.cli import EXIT_ERROR, build_app
 
 
@@ -93,4 +94,4 @@ def test_a_name_that_is_neither_file_nor_shipped_is_told_the_shipped_ones() -> N
 
 
 def test_the_schema_is_printed_as_json() -> None:
-    assert json.loads(run("schema").stdout) == Policy.model_json_schema()
+    assert json.loads(run("schema").stdout) == PolicyFile.model_json_schema()
