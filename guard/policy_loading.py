@@ -34,7 +34,7 @@ class PolicyFile(Policy):
 
 
 def load_policy(path: str | Path, _through: tuple[str, ...] = ()) -> Policy:
-    """The policy that a file means, or a shipped one by name. Raises PolicyError naming file, line, column and field."""
+    """The policy that a file means, or a shipped one by name. Raises PolicyError naming file, line and field."""
     text = read_policy_text(path)
     given = _parse(text)
     own = {rule.label: rule for rule in given.rules}
