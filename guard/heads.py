@@ -117,6 +117,9 @@ class RuleTable:
         self.level = np.array([r.level for r in rules], dtype=np.float64)
         self.evidence_tokens = np.array([r.evidence_tokens for r in rules], dtype=np.int64)
         self.settle_tokens = np.array([r.settle_tokens for r in rules], dtype=np.int64)
+        self.cooldown = np.array([r.rule.cooldown_tokens or np.iinfo(np.int64).max for r in rules], dtype=np.int64)
+        """Tokens after which a rule is released; more than there ever are for one that is not."""
+        self.cools = np.array([r.rule.cooldown_tokens is not None for r in rules], dtype=np.bool_)
         self.on_heads = np.array([i for i, r in enumerate(rules) if r.head is not None], dtype=np.int64)
         self.heads = np.array([r.head for r in rules if r.head is not None], dtype=np.int64)
         self.others = [i for i, r in enumerate(rules) if r.head is None]

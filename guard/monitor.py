@@ -119,6 +119,9 @@ class Monitor:
         state.best_prompt[row] = judged.agreed.amax(0).cpu().numpy()
         verdicts = self.apply_rules("prompt", state.request_ids[row], judged, feature_acts, segment, positions)
         self._record(state, row, verdicts)
+        table, fired = self.streaming_rules, {verdict.rule for verdict in verdicts}
+        state.prompted[row] = [bound.rule.label in fired for bound in table.rules]
+        state.counting = state.counting or bool((state.prompted & table.cools).any())
         return verdicts
 
     def apply_rules(
@@ -242,14 +245,18 @@ class Monitor:
         rows = np.arange(len(state.request_ids)) if rows is None else rows
         count = state.count[rows]
         values = table.values(state.logits[rows, count - 1], partial(self._last_acts, state, rows))
-        counts = (values >= table.level) & (count[:, None] >= table.settle_tokens)
+        settled = count[:, None] >= table.settle_tokens
+        counts = (values >= table.level) & settled
         runs = (state.runs[rows] + 1) * counts
         state.runs[rows] = runs
-        state.counting = bool(state.runs.any())
+        if table.cools.any():
+            self._release(state, rows, settled & ~counts)
         fired = (runs >= table.evidence_tokens) & ~state.latched[rows]
+        state.latched[rows] |= fired
+        in_force = (state.latched | state.prompted) & table.cools
+        state.counting = bool(state.runs.any() or in_force.any())
         if not fired.any():
             return []
-        state.latched[rows] |= fired
         verdicts = []
         for position, rule in np.argwhere(fired).tolist():
             row = int(rows[position])
@@ -257,6 +264,17 @@ class Monitor:
         for row, verdict in verdicts:
             self._record(state, row, [verdict])
         return verdicts
+
+    def _release(self, state: BatchState, rows: npt.NDArray[np.integer[Any]], below: npt.NDArray[np.bool_]) -> None:
+        """Release the rules in force that have been below their threshold for as many tokens as their cool-down."""
+        table = self.streaming_rules
+        in_force = state.latched[rows] | state.prompted[rows]
+        rest = (state.rest[rows] + 1) * (in_force & below)
+        ended = rest >= table.cooldown
+        state.rest[rows] = rest * ~ended
+        state.latched[rows] &= ~ended
+        state.prompted[rows] &= ~ended
+        state.released += [(int(rows[i]), table.rules[rule].rule.label) for i, rule in np.argwhere(ended).tolist()]
 
     def _last_acts(self, state: BatchState, rows: npt.NDArray[np.integer[Any]]) -> Float[Tensor, "n F"]:
         """The clipped activations of the last token of the sequences `rows`."""

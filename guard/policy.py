@@ -148,12 +148,19 @@ class Rule(Signal):
     evidence_tokens: Annotated[int, Field(ge=1, le=64)] | None = None
     """Consecutive tokens that must reach the threshold (fewer if the message is shorter) before the rule
     fires. None: the number with which the bank's thresholds were calibrated, for a domain, and otherwise 1."""
+    cooldown_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Response tokens in a row below the threshold after which the rule is released: what it steers is let go, and it
+    may fire again. None: it fires once a response and stays in force."""
     action: Literal["flag", "steer", "block"]
     steer: Steer = Steer()
     name: str = ""
 
     @model_validator(mode="after")
     def _one_condition(self) -> Rule:
+        if self.action == "block" and self.cooldown_tokens is not None:
+            raise ValueError("a rule that blocks ends the sequence and cannot be released; leave out 'cooldown_tokens'")
+        if "response" not in self.scope and self.cooldown_tokens is not None:
+            raise ValueError("'cooldown_tokens' are tokens of the response, which is not in the rule's scope")
         if self.when is None:
             self._check_signal()
         elif super().target or self.threshold is not None:
@@ -267,13 +274,14 @@ class Policy(_Section):
 
 
 _FIRST_FIELDS = ("domain", "scope", "threshold", "evidence_tokens", "action", "steer", "name")
+_LATER_FIELDS = ("concept", "feature", "when", "cooldown_tokens")
 
 
 def _stable(rule: dict[str, Any]) -> dict[str, Any]:
     """A rule's fields as versions are taken of them: one that came later only if it is used, so that a policy that
     does not use it stays the version that it was."""
     threshold = {name: v for name, v in (rule["threshold"] or {}).items() if name != "activation" or v is not None}
-    later = {name: rule[name] for name in ("concept", "feature", "when") if rule[name] is not None}
+    later = {name: rule[name] for name in _LATER_FIELDS if rule[name] is not None}
     return {name: rule[name] for name in _FIRST_FIELDS} | {"threshold": threshold} | later
 
 

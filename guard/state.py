@@ -36,13 +36,19 @@ class BatchState:
     runs: npt.NDArray[np.int64]
     """(B, R): consecutive tokens at or above each response rule's threshold."""
     latched: npt.NDArray[np.bool_]
-    """(B, R): response rules that have fired; a rule fires once a sequence."""
+    """(B, R): response rules that have fired and are in force; a rule does not fire again until it is released."""
+    prompted: npt.NDArray[np.bool_]
+    """(B, R): response rules that are in force since they fired on the prompt."""
+    rest: npt.NDArray[np.int64]
+    """(B, R): consecutive tokens below the threshold of a rule that is in force."""
     best_prompt: npt.NDArray[np.float64]
     """(B, D): highest agreed logit in the prompt."""
     best_response: npt.NDArray[np.float64]
     """(B, D): highest agreed logit in the response."""
     ended: list[bool]
     """Of each sequence, whether a token has ended it; what follows in its row is padding."""
+    released: list[tuple[int, str]] = field(default_factory=list)
+    """(row, label) of rules that the last step has released, for the engine to let go of."""
     verdicts: list[list[Verdict]] = field(default_factory=list)
     blocked: list[bool] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
@@ -51,7 +57,7 @@ class BatchState:
     compiled: object = None
     """What the compiled step keeps of where all this lies."""
     counting: bool = False
-    """Whether any of `runs` may be above 0."""
+    """Whether any of `runs` may be above 0, or a rule in force may be released."""
     failed: bool = False
     """Whether the guard itself failed while these sequences ran."""
 
@@ -77,6 +83,8 @@ class BatchState:
             count=np.zeros(batch, dtype=np.int64),
             runs=np.zeros((batch, rules), dtype=np.int64),
             latched=np.zeros((batch, rules), dtype=np.bool_),
+            prompted=np.zeros((batch, rules), dtype=np.bool_),
+            rest=np.zeros((batch, rules), dtype=np.int64),
             best_prompt=low.copy(),
             best_response=low.copy(),
             ended=[False] * batch,

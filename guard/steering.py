@@ -22,7 +22,8 @@ class Steering:
         self._add: dict[str, Float[Tensor, "B d_in"]] = {}
         self._clamped: dict[str, Bool[Tensor, "B n_selected"]] = {}
         self._target: dict[str, Float[Tensor, "B n_selected"]] = {}
-        self._in_force: set[tuple[int, str, Steer]] = set()
+        self._in_force: dict[tuple[int, str, Steer], set[str]] = {}  # the rules that ask for it
+        self._bound: dict[str, BoundRule] = {}
 
     @property
     def active(self) -> bool:
@@ -34,10 +35,28 @@ class Steering:
 
         Doing so again (the rule fired on the prompt and on the response) changes nothing.
         """
-        steer = bound.rule.steer
-        if (row, bound.rule.target, steer) in self._in_force:
+        key = (row, bound.rule.target, bound.rule.steer)
+        self._bound[bound.rule.label] = bound
+        if key not in self._in_force:
+            self._apply_rule(row, bound)
+        self._in_force.setdefault(key, set()).add(bound.rule.label)
+
+    def release(self, row: int, bound: BoundRule) -> None:
+        """Let go of a rule's steering of one sequence; what other rules do to it stays."""
+        key = (row, bound.rule.target, bound.rule.steer)
+        asking = self._in_force.get(key, set())
+        asking.discard(bound.rule.label)
+        if asking or self._in_force.pop(key, None) is None:
             return
-        self._in_force.add((row, bound.rule.target, steer))
+        for tensors in (self._add, self._clamped, self._target):
+            for tensor in tensors.values():
+                tensor[row] = 0
+        for (other, _, _), labels in self._in_force.items():
+            if other == row:
+                self._apply_rule(row, self._bound[next(iter(labels))])
+
+    def _apply_rule(self, row: int, bound: BoundRule) -> None:
+        steer = bound.rule.steer
         gains = torch.zeros(self._encoder.n_features)
         chosen = torch.zeros(self._encoder.n_features, dtype=torch.bool)
         if bound.head is None:

@@ -243,8 +243,14 @@ class TransformersEngine:
             self._act([(row, verdict) for verdict in verdicts])
 
     def _act(self, fired: Sequence[tuple[int, Verdict]]) -> None:
-        """Put steering into force. A block needs nothing here: `_after_forward` leaves the row only its end."""
+        """Let go of what was released, and put steering into force. A block needs nothing here: `_after_forward`
+        leaves the row only its end."""
         assert self.state is not None
+        if self.state.released:
+            for row, label in self.state.released:
+                if self._steering is not None:
+                    self._steering.release(row, self._bound[label])
+            self.state.released.clear()
         for row, verdict in fired:
             self.metrics.count_verdict(verdict)
             if verdict.action == "steer":

@@ -135,8 +135,9 @@ def _conditions(monitor: Monitor, number: int) -> Iterator[tuple[str, tuple[Boun
 
 def _then(monitor: Monitor, number: int) -> str:
     rule = monitor.policy.rules[number]
+    until = "" if rule.cooldown_tokens is None else f", until {rule.cooldown_tokens} tokens running stay below"
     if rule.action == "flag":
-        return f"{rule.target} is reported, nothing else changes"
+        return f"{rule.target} is reported, nothing else changes" + (until and f"; not again{until}")
     if rule.action == "block":
         return f"{rule.target} stops the generation before the deciding token is shown"
     what = next((f"the {kind}'s" for kind in ("domain", "concept", "feature") if getattr(rule, kind)), "each part's")
@@ -146,4 +147,4 @@ def _then(monitor: Monitor, number: int) -> str:
         "clamp": f"{what} activation is held at {steer.value:g} of its scale",
         "ablate": f"{what} activation is taken out",
     }[steer.op]
-    return f"{rule.target} is steered from the next token on: {how}"
+    return f"{rule.target} is steered from the next token on{until}: {how}"

@@ -155,6 +155,42 @@ def test_a_rule_on_a_concept_follows_the_strongest_of_its_features(bank_of: Make
         assert verdict.score == pytest.approx(0.7)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    on=st.lists(st.booleans(), min_size=1, max_size=40),
+    cooldown=st.integers(1, 5),
+    tokens=st.integers(1, 3),
+    prompted=st.booleans(),
+)
+def test_a_rule_with_a_cool_down_fires_again_once_it_has_been_released(
+    bank_of: MakeBank, on: list[bool], cooldown: int, tokens: int, prompted: bool
+) -> None:
+    bank = bank_of(**VARIED)
+    target = {"feature": bank.features[0].id, "threshold": {"activation": 0.5}, "evidence_tokens": tokens}
+    monitor = Monitor(bank, make_policy({**target, "action": "flag", "cooldown_tokens": cooldown}), CPU)
+    state, label = monitor.begin(["r"]), monitor.policy.rules[0].label
+    if prompted:
+        loud = torch.ones(tokens, len(bank.features))
+        here = torch.arange(tokens)
+        assert len(monitor.observe_prompt(state, 0, loud, torch.zeros(tokens, dtype=torch.long), here)) == 1
+    fired, released, run, rest, latched, in_force = [], [], 0, 0, False, prompted
+    for t, value in enumerate(on):
+        run, rest = (run + 1, 0) if value else (0, rest + 1 if in_force else 0)
+        if rest >= cooldown:
+            released.append(t)
+            latched, in_force, rest = False, False, 0
+        if run >= tokens and not latched:
+            fired.append(t)
+            latched = in_force = True
+        acts = torch.full((1, len(bank.features)), 0.9 if value else 0.1)
+        said = monitor.observe_step(state, acts)
+        assert bool(said) == (fired[-1:] == [t])
+        assert state.released == ([(0, label)] if released[-1:] == [t] else [])
+        state.released.clear()
+    if not prompted:
+        assert [v.token_index for v in state.verdicts[0]] == fired
+
+
 def test_an_allowed_concept_can_only_lower_scores_and_touches_no_other_domain(bank_of: MakeBank) -> None:
     bank = bank_of(**VARIED)
     allowed, other = "violence/boxing", "violence/assault"

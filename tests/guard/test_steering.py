@@ -176,6 +176,41 @@ def test_a_rule_on_a_feature_or_concept_steers_that_and_nothing_else(
     assert torch.equal(applied(clamped, hidden), applied(by_hand, hidden))
 
 
+@pytest.mark.parametrize("op", ["add", "clamp"])
+def test_what_is_released_is_as_if_it_had_never_been_asked_for(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor, op: Any
+) -> None:
+    going, staying = rule(bank, Steer(op=op, strength=2.0, value=3.0)), rule(bank, Steer(), feature=bank.features[1].id)
+    expected, steering = Steering(bank, encoder, 3), Steering(bank, encoder, 3)
+    expected.steer(1, staying)
+    expected.steer(2, going)
+    for row in (1, 2):
+        steering.steer(row, going)
+    steering.steer(1, staying)
+    steering.release(1, going)
+    steering.release(0, going)  # it never was
+    assert torch.equal(applied(steering, hidden), applied(expected, hidden))
+    steering.release(2, going)
+    steering.release(1, staying)
+    assert all(steering.apply(hook, hidden) is None for hook in HOOKS)
+
+
+def test_steering_that_two_rules_ask_for_stays_until_both_are_released(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor
+) -> None:
+    first = rule(bank, Steer())
+    second = first._replace(rule=first.rule.model_copy(update={"name": "other"}))
+    steering = Steering(bank, encoder, 3)
+    steering.steer(0, first)
+    once = applied(steering, hidden)
+    steering.steer(0, second)
+    assert torch.equal(applied(steering, hidden), once)
+    steering.release(0, first)
+    assert torch.equal(applied(steering, hidden), once)
+    steering.release(0, second)
+    assert all(steering.apply(hook, hidden) is None for hook in HOOKS)
+
+
 def test_zero_gains_touch_nothing(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:
     steering = Steering(bank, encoder, 3)
     steering.add(0, torch.zeros(F))
