@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Phase = Literal["prompt", "response"]
@@ -61,6 +61,8 @@ class StreamEvent(_Record):
     token_id: int | None
     text: str
     verdicts: tuple[Verdict, ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Each domain's calibrated probability at the last judged token, averaged over the window so far."""
     finish_reason: FinishReason | None = None
 
 

@@ -281,6 +281,13 @@ class Monitor:
         slot = (state.count[rows] - 1) % self.bank.pooling.window
         return state.recent[torch.from_numpy(rows).to(self.device), torch.from_numpy(slot).to(self.device)]
 
+    def scores(self, state: BatchState, row: int) -> dict[str, float]:
+        """Each domain's probability at the last judged token of a response; empty before the first."""
+        count = int(state.count[row])
+        if count == 0:
+            return {}
+        return {d: sigmoid(float(state.logits[row, count - 1, i])) for i, d in enumerate(self.domains)}
+
     def finish(self, state: BatchState) -> list[tuple[int, Verdict]]:
         """At the end of the responses: their best agreed logits, and rules that all counted tokens met, of a response
         shorter than their evidence.

@@ -153,7 +153,9 @@ class AttachedGuard:
                         reason = "stop"
                     elif len(generated) >= hold and (shown or len(state.verdicts[0]) > told):
                         news, told = tuple(state.verdicts[0][told:]), len(state.verdicts[0])
-                        yield StreamEvent(token_id=token, text=shown, verdicts=news)
+                        yield StreamEvent(
+                            token_id=token, text=shown, verdicts=news, scores=self.monitor.scores(state, 0)
+                        )
                         shown = ""
                         self._own_state(state)
             engine.finish(torch.tensor([generated], dtype=torch.long))
@@ -165,7 +167,8 @@ class AttachedGuard:
                     reason = "stop" if text.stopped else "length"
                 shown += text.flush()
             news = tuple(state.verdicts[0][told:])
-            yield StreamEvent(token_id=None, text=shown, verdicts=news, finish_reason=reason)
+            scores = self.monitor.scores(state, 0)
+            yield StreamEvent(token_id=None, text=shown, verdicts=news, scores=scores, finish_reason=reason)
         except GeneratorExit:  # the reader has had enough; all that was generated has been judged
             if engine.state is state and not engine.reports:
                 engine.finish(torch.tensor([generated], dtype=torch.long))

@@ -11,6 +11,7 @@ from feature_bank import DOMAINS
 from guard.errors import GuardError
 from guard.events import StreamEvent
 from guard.metrics import Metrics
+from guard.monitor import sigmoid
 from tests.factories import make_policy
 from tests.guard.conftest import VARIED, Attach
 
@@ -41,6 +42,21 @@ def test_greedy_stream_is_what_generate_gives(attach: Attach, chatty: Any, tiny_
     output = chatty.generate(ids, max_new_tokens=20, do_sample=False)
     expected = tiny_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert guard.chat(HELLO, max_new_tokens=20).text == expected
+
+
+def test_every_event_has_the_probabilities_at_its_token(attach: Attach, chatty: Any) -> None:
+    guard = attach(make_policy(), **VARIED)
+    stream = guard.stream(HELLO, max_new_tokens=12)
+    seen = []
+    for event in stream:
+        state = guard._engine.state
+        assert state is not None
+        seen.append((event.scores, [sigmoid(x) for x in state.logits[0, int(state.count[0]) - 1].tolist()]))
+    assert len(seen) > 4
+    for scores, expected in seen:
+        assert list(scores) == list(guard.monitor.domains)
+        assert list(scores.values()) == pytest.approx(expected)
+    assert len({tuple(scores.values()) for scores, _ in seen}) > 2
 
 
 def test_chat_is_its_stream(attach: Attach, chatty: Any) -> None:
