@@ -2,9 +2,9 @@
 
     python -m benchmarks.overhead [--bank FOLDER] [--tokens 128] [--rounds 4] [--docs]
 
-One process, one set of weights: the arms (unguarded, unguarded once more, guarded, and ones that encode a whole SAE
-at the same hook points) take turns token by token, in an order that turns round, so that a processor that slows
-down for a while does so for all of them.
+One process, one set of weights: the arms (unguarded, unguarded once more, guarded with and without its compiled
+step, and ones that encode a whole SAE at the same hook points) take turns token by token, in an order that turns round,
+so that a processor that slows down for a while does so for all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,7 @@ import numpy as np
 
 from benchmarks.results import RESULTS, Figure, write_result
 from feature_bank.taxonomy import DOMAINS
+from guard import Guard
 
 D_SAE = 4608  # eight times the embedded model's width
 PREFILL_TOKENS = 512
@@ -130,6 +132,11 @@ def timed_engine(watch: Stopwatch) -> Iterator[None]:
             setattr(Engine, name, function)
 
 
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
 # ---- what is measured --------------------------------------------------------------------------------------
 
 
@@ -206,7 +213,8 @@ class Bench:
     """The model, and the arms that are compared: bodies of their own around one set of weights."""
 
     def __init__(self, bank: Path | None) -> None:
-        from guard import Guard, Policy, load_model
+        from guard import Policy, load_model
+        from guard.native import library
         from guard.policy import Rule, Threshold
 
         never = Threshold(probability=0.999999)
@@ -214,6 +222,7 @@ class Bench:
             name="observe",
             rules=tuple(Rule(domain=domain, threshold=never, action="flag") for domain in DOMAINS),
         )
+        self.bank = bank
         self.loaded = load_model(dtype="float32", device="cpu")
         self.guard = Guard.from_bank(bank, policy=policy)
         hooks = self.guard.bank.manifest.hook_points
@@ -221,17 +230,22 @@ class Bench:
         self.observers: dict[str, Callable[[str, Any], None]] = {"full_sae": FullSAE(*shape)}
         with suppress(ImportError):
             self.observers["sae_lens"] = SaeLens(*shape)
+        self.guarded = ("guarded",) if library() is None else ("guarded", "torch")
 
     @contextmanager
     def models(self) -> Iterator[dict[str, Any]]:
-        """Arm -> its model. The weights are shared; hooks are not."""
+        """Arm -> its model. The weights are shared; hooks are not. "torch" is the guard without its compiled step."""
         from guard.capture import Capture
 
         model = self.loaded.model
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        bodies = {name: copy.deepcopy(model, dict(shared)) for name in ("plain", "again", "guarded", *self.observers)}
+        names = ("plain", "again", *self.guarded, *self.observers)
+        bodies = {name: copy.deepcopy(model, dict(shared)) for name in names}
         with ExitStack() as stack:
-            stack.enter_context(self.guard.attach(bodies["guarded"], self.loaded.tokenizer))
+            for name in self.guarded:
+                attached = stack.enter_context(self.guard.attach(bodies[name], self.loaded.tokenizer))
+                if name == "torch":
+                    attached.monitor._compiled = None
             for name, observer in self.observers.items():
                 stack.enter_context(Capture(bodies[name], self.guard.bank.hook_names, observer))
             yield bodies
@@ -278,6 +292,25 @@ class Bench:
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return time.perf_counter() - started
 
+    def memory(self, tokens: int) -> dict[str, float]:
+        """MB (10^6 bytes) that this process grows by: "bank" when a bank is loaded, "guard" when it is attached and
+        has watched what the model generated unguarded before, of the largest batch and a whole prompt."""
+
+        def work() -> None:
+            self.loaded.model.generate(**self.inputs(len(PROMPTS)), max_new_tokens=tokens, do_sample=False)
+            self._prefill(self.loaded.model)
+            gc.collect()
+
+        for _ in range(2):
+            work()
+        before = _resident_mb()
+        guard = Guard.from_bank(self.bank, policy=self.guard.policy)
+        loaded = _resident_mb()
+        with guard.attach(self.loaded.model, self.loaded.tokenizer):
+            work()
+            after = _resident_mb()
+        return {"bank": loaded - before, "guard": after - loaded}
+
     def instrumented(self, batch: int, tokens: int) -> dict[str, float]:
         """One guarded `model.generate` with the engine's own time taken apart: seconds by label, and "total"."""
         watch = Stopwatch()
@@ -304,15 +337,17 @@ class Bench:
 def measure(bench: Bench, *, tokens: int, rounds: int, prefills: int) -> tuple[dict[str, Figure], dict[str, Any]]:
     """All figures, each a median, and their spread."""
     figures: dict[str, Figure] = {}
-    detail: dict[str, Any] = {}
+    detail: dict[str, Any] = {"memory_mb": bench.memory(tokens)}
+    figures["memory_guard"] = Figure(value=round(detail["memory_mb"]["guard"], 1), unit="MB", n=1)
+    print("memory", detail["memory_mb"], flush=True)
     batches = {"decode_bs1": 1, "decode_bs8": len(PROMPTS)}
-    suffixes = {"guarded": "", "again": "_unguarded_again", "full_sae": "_full_sae", "sae_lens": "_sae_lens"}
+    suffixes = {"guarded": "", "again": "_unguarded_again", "torch": "_through_torch"}
     for key in (*batches, "prefill"):
         measured = bench.prefill(prefills) if key == "prefill" else bench.decode(batches[key], tokens, rounds)
         each = PREFILL_TOKENS if key == "prefill" else batches[key]
         detail[key] = {name: spread(values) for name, values in ratios(measured, "plain").items()}
         for name, found in detail[key].items():
-            figures[key + suffixes[name]] = Figure(value=found["median"], unit="ratio", n=found["n"])
+            figures[key + suffixes.get(name, f"_{name}")] = Figure(value=found["median"], unit="ratio", n=found["n"])
         detail[key]["plain_ms_per_token"] = spread([1000 * s / each for s in measured["plain"]])
         print(key, detail[key], flush=True)
     figures["decode_full_sae"] = figures["decode_bs1_full_sae"]

@@ -186,7 +186,8 @@ def overhead_tables(result: Result) -> str:
         "prefill": f"prefill, batch 1, {detail['prefill_tokens']} tokens",
     }
     whole = f"whole SAEs ({detail['full_sae']['d_sae']} features a hook point)"
-    arms = {"guarded": "guarded", "again": "unguarded again", "full_sae": whole}
+    arms = {"guarded": "guarded", "torch": "guarded, through torch", "again": "unguarded again", "full_sae": whole}
+    arms = {name: title for name, title in arms.items() if name in detail["decode_bs1"]}
     if "sae_lens" in detail["decode_bs1"]:
         arms["sae_lens"] = "the same by sae-lens " + result.versions["sae-lens"]
     compared = [
@@ -221,8 +222,20 @@ def overhead_tables(result: Result) -> str:
             markdown(
                 ["", "share of the time", "ms a step or pass", "last token, ms", "ratio, last token included"], apart
             ),
+            *_memory(detail),
         ]
     )
+
+
+def _memory(detail: dict[str, Any]) -> list[str]:
+    if "memory_mb" not in detail:
+        return []
+    grown = detail["memory_mb"]
+    return [
+        f"Memory: the process grows by {grown['bank']:.0f} MB when the bank is loaded and "
+        f"by {grown['guard']:.0f} MB when it "
+        "is attached and has watched a batch of eight and a whole prompt."
+    ]
 
 
 def _number(value: float | None) -> str | None:

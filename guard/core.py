@@ -26,13 +26,6 @@ class Guard:
         self.bank = bank
         self.policy = policy
         self.metrics = metrics or Metrics()
-        self.metrics.set_bank(
-            name=bank.manifest.name,
-            version=bank.manifest.version,
-            model=bank.manifest.model.id,
-            content_hash=bank.content_hash[:12],
-        )
-        self.metrics.set_policy(name=policy.name, version=policy.version, on_error=policy.on_error)
 
     @classmethod
     def from_bank(
@@ -82,4 +75,13 @@ class Guard:
         """
         from guard.session import AttachedGuard
 
-        return AttachedGuard(self, model, tokenizer)
+        attached = AttachedGuard(self, model, tokenizer)
+        bank, policy = self.bank, self.policy
+        self.metrics.set_bank(
+            name=bank.manifest.name,
+            version=bank.manifest.version,
+            model=bank.manifest.model.id,
+            content_hash=bank.content_hash[:12],
+        )
+        self.metrics.set_policy(name=policy.name, version=policy.version, on_error=policy.on_error)
+        return attached

@@ -18,9 +18,10 @@ from feature_bank.heads import agreement, moving_average
 from guard.encoder import SelectedEncoder
 from guard.errors import GuardError
 from guard.events import FeatureHit, Phase, Verdict
-from guard.heads import BoundRule, DomainHeads, allowed_features, bind_rules, check_reachable
+from guard.heads import DomainHeads
 from guard.native import MAX_BATCH, CompiledStep, HookRows, is_half, library
 from guard.policy import Policy
+from guard.rules import BoundRule, allowed_features, bind_rules, check_reachable
 from guard.state import BatchState
 
 TOP_FEATURES = 5

@@ -24,6 +24,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def reason(error: ValidationError) -> str:
+    """What is wrong first, in words, after the field if it is about one."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    return (f"field {field!r}: " if field else "") + first["msg"].removeprefix("Value error, ")
+
+
 class Threshold(_Section):
     """Exactly one of: a calibrated probability, a false-positive rate for which the bank holds a threshold, or, for a
     rule on a concept or a feature, an activation."""
@@ -222,7 +229,7 @@ class Policy(_Section):
         try:
             policy = Policy.model_validate({**dict(self), "rules": (*self.rules, rule)})
         except ValidationError as e:
-            raise PolicyError(e.errors()[0]["msg"].removeprefix("Value error, ")) from None
+            raise PolicyError(reason(e)) from None
         policy.keep_origins(self._text, self._origins)
         return policy
 

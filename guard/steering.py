@@ -8,8 +8,8 @@ from torch import Tensor
 
 from feature_bank.bank import Bank
 from guard.encoder import SelectedEncoder
-from guard.heads import BoundRule
 from guard.policy import Steer
+from guard.rules import BoundRule
 
 
 class Steering:

@@ -15,6 +15,8 @@ from service.commands.options import BankArgument, JsonOption
 from service.commands.terminal import output_console, plain, print_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
     from feature_bank.review import EffectiveLabel
@@ -81,10 +83,8 @@ def list_features(
     """
     from feature_bank.search import find_score
 
-    collection = collection_at(path, concept=concept, status=status, admitted=admitted, sort=sort is not SortKey.AUROC)
-    if collection is not None:
-        scores = _parse_scores(min_score)
-        list_collection(collection, "", domain=domain, layer=layer, min_scores=scores, limit=limit, as_json=as_json)
+    bank_only = {"concept": concept, "status": status, "admitted": admitted, "sort": sort is not SortKey.AUROC}
+    if _is_listed_collection(path, "", domain, layer, min_score, limit, as_json, bank_only):
         return
     bank, _, labels = read_labelled(path)
     chosen = _filter(domain, concept, layer, status, min_score, admitted).select(bank, labels)
@@ -124,10 +124,8 @@ def search_features(
     """
     from feature_bank.search import SearchIndex
 
-    collection = collection_at(path, concept=concept, status=status, admitted=admitted)
-    if collection is not None:
-        scores = _parse_scores(min_score)
-        list_collection(collection, query, domain=domain, layer=layer, min_scores=scores, limit=limit, as_json=as_json)
+    bank_only = {"concept": concept, "status": status, "admitted": admitted}
+    if _is_listed_collection(path, query, domain, layer, min_score, limit, as_json, bank_only):
         return
     bank, _, labels = read_labelled(path)
     wanted = _filter(domain, concept, layer, status, min_score, admitted).select(bank, labels)
@@ -155,6 +153,25 @@ def feature_json(feature: FeatureRecord, label: EffectiveLabel) -> dict[str, Any
     from dataclasses import asdict
 
     return feature.model_dump() | {"effective": asdict(label)}
+
+
+def _is_listed_collection(
+    path: Path | None,
+    query: str,
+    domain: str | None,
+    layer: int | None,
+    min_score: Sequence[str] | None,
+    limit: int,
+    as_json: bool,
+    bank_only: Mapping[str, object],
+) -> bool:
+    """Whether the path holds a collection, which is then listed."""
+    collection = collection_at(path, **bank_only)
+    if collection is None:
+        return False
+    scores = _parse_scores(min_score)
+    list_collection(collection, query, domain=domain, layer=layer, min_scores=scores, limit=limit, as_json=as_json)
+    return True
 
 
 def _filter(

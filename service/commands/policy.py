@@ -15,8 +15,8 @@ from service.commands.terminal import output_console, plain, print_json
 
 if TYPE_CHECKING:
     from feature_bank.bank import Bank
-    from guard.heads import BoundRule
     from guard.monitor import Monitor
+    from guard.rules import BoundRule
 
 __all__ = ["build_app"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from pydantic import ValidationError
 from guard import concept, domain, feature
 from guard.core import Guard
 from guard.errors import PolicyError
-from guard.heads import _holds
 from guard.monitor import Monitor
 from guard.policy import Condition, Policy
+from guard.rules import _holds
 from tests.factories import make_bank, make_policy
 from tests.guard.conftest import VARIED, MakeBank
 
@@ -71,9 +72,25 @@ def test_what_is_joined_alike_is_one_list_and_reads_as_it_was_written() -> None:
 def test_a_condition_is_no_truth_value_and_its_numbers_are_checked() -> None:
     with pytest.raises(TypeError, match="join conditions with & and"):
         _ = A and B
-    for wrong in (lambda: feature("14") > 0.5, lambda: domain("weather") > 0.5, lambda: domain("terror") > 1.5):
-        with pytest.raises(ValidationError):
-            wrong()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda _: feature("14") > 0.5, r"feature\('14'\) > 0.5: field 'feature'"),
+        (lambda _: domain("weather") > 0.5, r"domain\('weather'\) > 0.5: field 'domain'"),
+        (lambda _: domain("terror") > 1.5, "threshold.probability"),
+        (lambda _: feature("L0/1") > float("nan"), "threshold.activation"),
+        (lambda guard: guard.when(feature("L0/1")), "compare it"),
+        (lambda guard: guard.when(A, evidence_tokens=0).flag(), "evidence_tokens"),
+        (lambda guard: guard.when(A, scope=("answer",)).flag(), "scope"),
+        (lambda guard: guard.when(A).clamp(99), "clamp: field 'value'"),
+        (lambda guard: guard.when(A).add(-99), "add: field 'strength'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(guard: Guard, wrong: Callable[[Guard], object], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        wrong(guard)
 
 
 @pytest.mark.parametrize(
@@ -189,3 +206,14 @@ def test_a_condition_steers_what_it_names_and_only_that(tmp_path: Path, tiny_mod
     assert report.action == "steer"
     assert torch.equal(plain.logits[0], steered.logits[0])  # the prompt itself is read as it is
     assert not torch.equal(plain.logits[1], steered.logits[1])
+
+
+def test_a_guard_made_of_another_leaves_what_the_first_publishes_until_it_is_attached(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    first = Guard(make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer, fires=dict(VARIED)), make_policy())
+    with first.attach(tiny_model, tiny_tokenizer):
+        second = first.when(feature(first.bank.features[0].id) > 0.5).flag()
+        assert first.policy.version in first.metrics.render().decode()
+    with second.attach(tiny_model, tiny_tokenizer):
+        assert second.policy.version in first.metrics.render().decode()

@@ -14,11 +14,12 @@ import yaml
 
 from feature_bank import DOMAINS
 from guard.errors import PolicyError
-from guard.heads import DomainHeads, bind_rules
+from guard.heads import DomainHeads
 from guard.monitor import Monitor
 from guard.policy import Policy
 from guard.policy_file import shipped_policies
 from guard.policy_loading import MAX_DEPTH, PolicyFile
+from guard.rules import bind_rules
 from tests.factories import make_bank, make_policy
 
 RULE = {"domain": "violence", "threshold": {"probability": 0.8}, "action": "block"}

@@ -11,8 +11,9 @@ import torch
 from feature_bank.bank import Bank, Rows, save_bank
 from feature_bank.schema import Heads
 from guard.encoder import SelectedEncoder
-from guard.heads import BoundRule, DomainHeads, bind_rules
+from guard.heads import DomainHeads
 from guard.policy import Steer
+from guard.rules import BoundRule, bind_rules
 from guard.steering import Steering
 from tests.factories import HOOKS, PER_HOOK, make_bank, make_policy
 
