@@ -67,11 +67,15 @@ class Steer(_Section):
     add: x += strength * sum_f delta_f * W_dec[f], with delta_f the bank's mean activation difference for a domain, and
     the feature's scale (its 99.9th percentile) for a concept or a feature; a negative strength moves away. clamp: each
     feature is set to `value` times its scale; ablate: clamp to 0. Clamp and ablate keep the SAE's error term.
+    Whatever the operation, the change of a token's activation at a hook point is at most `limit` times its norm.
     """
 
     op: Literal["add", "clamp", "ablate"] = "add"
     strength: Annotated[float, Field(ge=-10.0, le=10.0)] = -1.0
     value: Annotated[float, Field(ge=-10.0, le=10.0)] = 0.0
+    limit: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    """As a share of the norm; larger changes are scaled down to it. A sequence that several rules steer is held to the
+    tightest. Beyond about 1 the text breaks down before the content gets rarer."""
 
 
 class Signal(_Section):
@@ -289,7 +293,9 @@ def _stable(rule: dict[str, Any]) -> dict[str, Any]:
     does not use it stays the version that it was."""
     threshold = {name: v for name, v in (rule["threshold"] or {}).items() if name != "activation" or v is not None}
     later = {name: rule[name] for name in _LATER_FIELDS if rule[name] is not None}
-    return {name: rule[name] for name in _FIRST_FIELDS} | {"threshold": threshold} | later
+    limit = Steer.model_fields["limit"].default
+    steer = {name: value for name, value in rule["steer"].items() if name != "limit" or value != limit}
+    return {name: rule[name] for name in _FIRST_FIELDS} | {"threshold": threshold, "steer": steer} | later
 
 
 _HARMFUL: tuple[Domain, ...] = ("pornography", "violence", "terror")

@@ -22,6 +22,7 @@ class Steering:
         self._add: dict[str, Float[Tensor, "B d_in"]] = {}
         self._clamped: dict[str, Bool[Tensor, "B n_selected"]] = {}
         self._target: dict[str, Float[Tensor, "B n_selected"]] = {}
+        self._limit: Float[Tensor, " B"] = torch.full((batch,), torch.inf, device=encoder.scale.device)
         self._in_force: dict[tuple[int, str, Steer], set[str]] = {}  # the rules that ask for it
         self._bound: dict[str, BoundRule] = {}
 
@@ -51,12 +52,14 @@ class Steering:
         for tensors in (self._add, self._clamped, self._target):
             for tensor in tensors.values():
                 tensor[row] = 0
+        self._limit[row] = torch.inf
         for (other, _, _), labels in self._in_force.items():
             if other == row:
                 self._apply_rule(row, self._bound[next(iter(labels))])
 
     def _apply_rule(self, row: int, bound: BoundRule) -> None:
         steer = bound.rule.steer
+        self._limit[row] = self._limit[row].clamp_max(steer.limit)
         gains = torch.zeros(self._encoder.n_features)
         chosen = torch.zeros(self._encoder.n_features, dtype=torch.bool)
         if bound.head is None:
@@ -130,6 +133,15 @@ class Steering:
             acts = self._encoder.encode_hook(name, chosen)
             change = (self._target[name][sequence] - acts) * scale * self._clamped[name][sequence]
             delta += change @ self._encoder.decoder[name]
+        delta *= self._within(delta, chosen, self._limit[sequence])
         steered = hidden.clone()
         steered[where] = (chosen.float() + delta).to(hidden.dtype)
         return steered
+
+    @staticmethod
+    def _within(
+        delta: Float[Tensor, "n d_in"], hidden: Float[Tensor, "n d_in"], limit: Float[Tensor, " n"]
+    ) -> Float[Tensor, "n 1"]:
+        """What a change is multiplied by to be no longer than `limit` times the activation it changes."""
+        allowed = limit * hidden.float().norm(dim=1)
+        return (allowed / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0)[:, None]

@@ -246,3 +246,30 @@ def test_models_dtype_is_kept(bank: Bank, encoder: SelectedEncoder, hidden: torc
     steered = applied(steering, hidden.to(dtype))
     assert steered.dtype == dtype
     assert torch.equal(steered[[0, 2]], hidden.to(dtype)[[0, 2]])
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.05])
+def test_a_change_is_no_longer_than_the_limit_allows_and_keeps_its_direction(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor, limit: float
+) -> None:
+    free, held = Steering(bank, encoder, 3), Steering(bank, encoder, 3)
+    free.steer(0, rule(bank, Steer(op="clamp", value=9.0, limit=10.0)))
+    held.steer(0, rule(bank, Steer(op="clamp", value=9.0, limit=limit)))
+    wanted, got = applied(free, hidden)[0] - hidden[0], applied(held, hidden)[0] - hidden[0]
+    allowed = limit * hidden[0].norm(dim=1)
+    assert (wanted.norm(dim=1) > allowed).any()
+    torch.testing.assert_close(got.norm(dim=1), torch.minimum(wanted.norm(dim=1), allowed), rtol=1e-4, atol=1e-5)
+    assert torch.nn.functional.cosine_similarity(wanted, got).min() > 0.9999
+
+
+def test_the_tightest_limit_holds_a_sequence_until_it_is_released(
+    bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor
+) -> None:
+    wide, tight = Steer(op="add", strength=9.0, limit=2.0), Steer(op="add", strength=9.0, limit=0.2)
+    both = Steering(bank, encoder, 3)
+    both.steer(0, rule(bank, wide))
+    alone = applied(both, hidden)
+    both.steer(0, rule(bank, tight, feature=bank.features[0].id))
+    assert ((applied(both, hidden) - hidden)[0].norm(dim=1) <= 0.2001 * hidden[0].norm(dim=1)).all()
+    both.release(0, rule(bank, tight, feature=bank.features[0].id))
+    assert torch.equal(applied(both, hidden), alone)
