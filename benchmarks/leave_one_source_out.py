@@ -18,7 +18,7 @@ from benchmarks.baselines import LAYERS, Progress, measures, probe, tfidf_classi
 from benchmarks.results import Figure
 from benchmarks.rows import Floats, Rows
 from feature_bank.taxonomy import DOMAINS
-from training.corpus import Document
+from training.corpus import OWN_SOURCE, Document
 
 LEAST = 30  # positives of a source worth an AUROC
 Index = npt.NDArray[np.int64]
@@ -58,6 +58,7 @@ class RefittedBank:
 
     def __init__(self, loaded: Any, data: Path, work: Path) -> None:
         from feature_bank.identity import identify
+        from training.directions import document_means
         from training.packing import pool_hooks
         from training.pipeline import load_preset, prepare
 
@@ -81,6 +82,10 @@ class RefittedBank:
         self.stats, self.pooled = pool_hooks(
             self.hooks, self.cache, len(self.documents), self.preset.pooling, work, report
         )
+        self.means = {
+            name: document_means(self.cache.activations(name), self.cache.documents, len(self.documents))
+            for name in self.pooled
+        }
         self._index = {(d.id, d.role): i for i, d in enumerate(self.documents)}
 
     def scores(self, domain: str, source: str, documents: list[Document]) -> Floats:
@@ -90,8 +95,9 @@ class RefittedBank:
         from training.heads import fit_heads
 
         held_out = [dataclasses.replace(d, split="test") if d.source == source else d for d in self.documents]
+        saes, scales, pooled = self._without(domain, held_out, source)
         head = fit_heads(
-            self.pooled,
+            pooled,
             held_out,
             candidates=self.preset.candidates,
             max_features=self.preset.features_per_head,
@@ -99,12 +105,11 @@ class RefittedBank:
             domains=(domain,),
         )[domain]
         acts, weights = [], []
-        for hook in self.hooks:
-            name = hook.sae.hook_name
+        for name, sae in saes.items():
             chosen = [(index, w) for (n, index), w in zip(head.features, head.weights, strict=True) if n == name]
             if chosen:
                 indices = [index for index, _ in chosen]
-                acts.append(encode_tokens(hook.sae, self.cache.activations(name), indices, self.stats[name].scale))
+                acts.append(encode_tokens(sae, self.cache.activations(name), indices, scales[name]))
                 weights += [w for _, w in chosen]
         every = document_scores(
             np.concatenate(acts, axis=1),
@@ -116,6 +121,39 @@ class RefittedBank:
         )
         found: Floats = every[[self._index[d.id, d.role] for d in documents]]
         return found
+
+    def _without(
+        self, domain: str, documents: list[Document], source: str
+    ) -> tuple[dict[str, Any], dict[str, Floats], dict[str, Any]]:
+        """By hook point: the rows that know nothing of `source`, their scales, and their pooled activations.
+
+        The domain's direction is fitted anew. Those of concepts rest on text written for the project, and go with it.
+        """
+        from training.activations import feature_stats, pool_documents
+        from training.directions import domain_directions, with_directions
+
+        saes: dict[str, Any] = {}
+        scales: dict[str, Floats] = {}
+        pooled: dict[str, Any] = {}
+        for hook in self.hooks:
+            name = hook.sae.hook_name
+            kept = [i for i in range(hook.sae.d_sae) if i < hook.learnt or "/" in hook.direction(i)]
+            kept = kept[: hook.learnt] if source == OWN_SOURCE else kept
+            part = hook.sae.select(kept)
+            saes[name], scales[name], pooled[name] = part, self.stats[name].scale[kept], self.pooled[name][:, kept]
+            if not hook.directions:
+                continue
+            own = with_directions(part, [domain_directions(self.means[name], documents, (domain,))])
+            saes[name] = own
+            added = own.select(range(part.d_sae, own.d_sae))
+            activations = self.cache.activations(name)
+            scale = feature_stats(added, activations).scale
+            more = pool_documents(
+                added, activations, self.cache.documents, len(self.documents), scale, self.preset.pooling
+            )
+            scales[name] = np.concatenate([scales[name], scale])
+            pooled[name] = np.concatenate([pooled[name], more], axis=1)
+        return saes, scales, pooled
 
 
 def _silent(_detail: str, _done: int) -> None:

@@ -36,7 +36,10 @@ class HookRecord(Record):
     hook_name: str
     d_in: int = Field(gt=0)
     d_sae: int = Field(gt=0)
+    """Features of the full SAE; the index of a direction lies beyond them."""
     n_selected: int = Field(gt=0)
+    n_directions: int = Field(default=0, ge=0)
+    """How many of the selected rows are directions fitted to labels rather than features of the SAE."""
     sae_sha256: Sha256
     fvu: FiniteFloat
     """Fraction of variance unexplained by the full SAE in training form (lower is better)."""
@@ -208,6 +211,9 @@ class FeatureRecord(Record):
     index: int = Field(ge=0)
     domains: list[Domain]
     concepts: list[str] = Field(default_factory=list)
+    direction: str = ""
+    """What it is the direction of, if it was fitted to labels: a domain, or `DOMAIN/CONCEPT`. Empty for an SAE's
+    feature."""
     explanation: str
     explainer: Explainer | None = None
     predicate: Predicate | None = None

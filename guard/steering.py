@@ -144,4 +144,5 @@ class Steering:
     ) -> Float[Tensor, "n 1"]:
         """What a change is multiplied by to be no longer than `limit` times the activation it changes."""
         allowed = limit * hidden.float().norm(dim=1)
-        return (allowed / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1.0)[:, None]
+        share: Tensor = allowed / delta.norm(dim=1).clamp_min(1e-12)
+        return share.clamp_max(1.0)[:, None]

@@ -35,7 +35,8 @@ class FeatureStats:
     """Share of tokens on which it fires."""
 
 
-def _chunks(activations: Float[Tensor, "tokens d_in"]) -> Iterator[Float[Tensor, "chunk d_in"]]:
+def chunks(activations: Float[Tensor, "tokens d_in"]) -> Iterator[Float[Tensor, "chunk d_in"]]:
+    """The rows in order, some thousands at a time, in full precision."""
     for start in range(0, activations.shape[0], CHUNK):
         yield activations[start : start + CHUNK].float()
 
@@ -61,7 +62,12 @@ def feature_stats(sae: SAE, activations: Float[Tensor, "tokens d_in"], *, block:
 def batch_topk_agreement(
     sae: SAE, activations: Float[Tensor, "tokens d_in"], features: list[int], k: int, *, batches: int = 12
 ) -> tuple[float, float]:
-    """(precision, recall) of "fires" for `features`: JumpReLU rows against the BatchTopK rule on batches of tokens."""
+    """(precision, recall) of "fires" for `features`: JumpReLU rows against the BatchTopK rule on batches of tokens.
+
+    Both are 1 where there are no features.
+    """
+    if not features:
+        return 1.0, 1.0
     chosen = torch.tensor(features)
     true = called = both = 0
     step = max(CHUNK, activations.shape[0] // batches)
@@ -93,7 +99,7 @@ def pool_documents(
     weight, bias, threshold = sae.rows()
     divisor = torch.from_numpy(scale)
     start = 0
-    for chunk in _chunks(activations):
+    for chunk in chunks(activations):
         pre = torch.addmm(bias, chunk, weight)
         acts = torch.where(pre > threshold, pre, 0.0).div_(divisor).clamp_max_(pooling.ceiling)
         pooled.index_add_(0, torch.from_numpy(documents[start : start + chunk.shape[0]]), acts)
@@ -111,7 +117,7 @@ def encode_tokens(
     divisor = torch.from_numpy(scale[features])
     encoded = np.empty((activations.shape[0], len(features)), dtype=np.float16)
     start = 0
-    for chunk in _chunks(activations):
+    for chunk in chunks(activations):
         encoded[start : start + chunk.shape[0]] = (part.encode(chunk) / divisor).clamp_max_(6e4).numpy()
         start += chunk.shape[0]
     return encoded

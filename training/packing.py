@@ -207,13 +207,16 @@ def cut_rows(
         name = hook.sae.hook_name
         indices = [i for n, i in selection.keys if n == name]
         rows[name] = _rows(hook.sae, indices)
-        precision, recall = batch_topk_agreement(hook.sae, cache.activations(name), indices, hook.k)
+        learnt = [i for i in indices if i < hook.learnt]
+        own = hook.sae if not hook.directions else hook.sae.select(range(hook.learnt))
+        precision, recall = batch_topk_agreement(own, cache.activations(name), learnt, hook.k)
         records.append(
             HookRecord(
                 hook_name=name,
                 d_in=hook.sae.d_in,
-                d_sae=hook.sae.d_sae,
+                d_sae=hook.learnt,
                 n_selected=len(indices),
+                n_directions=len(indices) - len(learnt),
                 sae_sha256=hook.sha256,
                 fvu=hook.fvu,
                 l0=hook.l0,
@@ -243,7 +246,7 @@ def pool_hooks(
             n_documents,
             pooling,
             path=work / "pooled" / f"{name}.safetensors",
-            fingerprint=hook.sha256,
+            fingerprint=hook.digest,
         )
         report("discovery", done, len(hooks), f"{hook.sae.d_sae:,} features at {name}")
     return stats, pooled

@@ -26,6 +26,7 @@ from training.admission import AdmissionRules
 from training.candidates import Contrasts
 from training.contrast import LICENCE, harvest_contrasts, taxonomy_texts
 from training.corpus import Document, TokenSequence, corpus_hash, read_documents, tokenise
+from training.directions import add_directions
 from training.harvest import Harvest, harvest
 from training.packing import build_bank
 from training.reader import ActivationReader
@@ -60,6 +61,8 @@ class Preset(BaseModel):
     general_tokens: int = Field(default=128, ge=8)
     general_budget: int = Field(default=250_000, ge=0)
     sae: SaeSettings = SaeSettings()
+    directions: bool = True
+    """Whether every hook point gets a direction a domain and a concept beside the SAE's features."""
     pooling: Pooling
     candidates: int = Field(default=500, ge=1)
     """Features a domain and hook point that a first fit of the heads may choose from."""
@@ -162,6 +165,9 @@ def prepare(
         model, tokenizer, texts, preset.hook_points, work / "contrasts", fingerprint=fingerprint, report=report
     )
     hooks = _train_hooks(cache, identity, preset, work, report)
+    if preset.directions:
+        hooks = [add_directions(hook, cache, documents, texts, pairs) for hook in hooks]
+        report("directions", 1, 1, f"{len(hooks[0].directions)} at each hook point")
     return Prepared(
         documents=documents,
         records=[*records, *_taxonomy_records(preset.taxonomy, taxonomy)],

@@ -69,7 +69,7 @@ def describe(
 
     own = np.flatnonzero([documents[d].source == OWN_SOURCE and documents[d].split != "test" for d in cache.documents])
     own_ids, own_documents = cache.token_ids[own], cache.documents[own]
-    saes = {hook.sae.hook_name: hook.sae for hook in hooks}
+    by_name = {hook.sae.hook_name: hook for hook in hooks}
     records = []
     for i, key in enumerate(keys):
         name, index = key
@@ -81,6 +81,7 @@ def describe(
             layer=parse_hook_name(name).layer,
             index=index,
             domains=domains[i],
+            direction=by_name[name].direction(index),
             explanation=explained[i].explanation.text,
             explainer=explained[i].explanation.explainer,
             predicate=explained[i].explanation.predicate,
@@ -95,7 +96,7 @@ def describe(
             concept_scores=concepts[i],
             causality=causality.get(key),
             duplicates=duplicates[i],
-            threshold=round(float(saes[name].threshold[index]), 6),
+            threshold=round(float(by_name[name].sae.threshold[index]), 6),
             scale=float(stats[name].scale[index]),
             density=round(float(stats[name].density[index]), 8),
             quantiles={f"{q:g}": round(float(np.quantile(active, q)), 4) for q in QUANTILES} if len(active) else {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,14 +23,32 @@ def feature_id(key: FeatureKey) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedHook:
-    """A trained SAE and its quality."""
+    """A trained SAE and its quality; the last of its rows may be directions that were fitted to labels."""
 
     sae: SAE
     sha256: str
+    """Of the SAE as it was trained, without directions."""
     k: int
     fvu: float
     l0: float
     dead_fraction: float
+    directions: tuple[str, ...] = ()
+    """What each of the last rows is the direction of: a domain, or `DOMAIN/CONCEPT`."""
+
+    @property
+    def learnt(self) -> int:
+        """How many of the rows, from the first on, are the SAE's own."""
+        return self.sae.d_sae - len(self.directions)
+
+    def direction(self, index: int) -> str:
+        """What the row is the direction of; empty for one of the SAE's own."""
+        return self.directions[index - self.learnt] if index >= self.learnt else ""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the rows' encoder side, directions included: what activations depend on."""
+        parts = (self.sae.W_enc, self.sae.b_enc, self.sae.threshold, self.sae.b_dec)
+        return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

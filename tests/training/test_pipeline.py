@@ -14,6 +14,7 @@ import yaml
 from feature_bank.bank import HASHED, Bank
 from feature_bank.errors import DataError
 from feature_bank.formats.saelens import load_saelens
+from feature_bank.taxonomy import DOMAINS
 from guard import Guard
 from tests.factories import make_policy
 from tests.training.workshop import (
@@ -36,6 +37,7 @@ STAGES = (
     "contrast pairs",
     f"sae {HOOKS[0]}",
     f"sae {HOOKS[1]}",
+    "directions",
     "discovery",
     "candidates",
     "detect",
@@ -90,17 +92,31 @@ def test_every_selected_row_is_that_of_the_full_sae(workshop: Workshop, trained:
     hidden = truncated_forward(workshop.model, HOOKS, ids, mask)
     for name in HOOKS:
         sae, rows = load_saelens(trained.work / "saes" / name), trained.bank.rows[name]
-        indices = [f.index for f in trained.bank.features if f.hook_name == name]
+        features = [f for f in trained.bank.features if f.hook_name == name]
+        indices = [f.index for f in features if not f.direction]
         assert sae.d_sae == 128
-        np.testing.assert_array_equal(rows.W_enc, sae.W_enc[:, indices].numpy().astype(np.float16))
-        np.testing.assert_array_equal(rows.W_dec, sae.W_dec[indices].numpy().astype(np.float16))
-        np.testing.assert_array_equal(rows.threshold, sae.threshold[indices].numpy())
+        assert [f.index >= 128 for f in features] == [bool(f.direction) for f in features]
+        n = len(indices)  # directions come last
+        np.testing.assert_array_equal(rows.W_enc[:, :n], sae.W_enc[:, indices].numpy().astype(np.float16))
+        np.testing.assert_array_equal(rows.W_dec[:n], sae.W_dec[indices].numpy().astype(np.float16))
+        np.testing.assert_array_equal(rows.threshold[:n], sae.threshold[indices].numpy())
         x = hidden[name][0]
-        pre = x.numpy() @ rows.W_enc + rows.b_enc
+        pre = (x.numpy() @ rows.W_enc + rows.b_enc)[:, :n]
         whole = sae.encode(x)[:, indices].numpy()
-        clear = np.abs(pre - rows.threshold) > 0.02 * np.abs(x.numpy()).max()
+        clear = np.abs(pre - rows.threshold[:n]) > 0.02 * np.abs(x.numpy()).max()
         assert clear.mean() > 0.9
-        np.testing.assert_allclose(np.where(pre > rows.threshold, pre, 0)[clear], whole[clear], atol=0.02)
+        np.testing.assert_allclose(np.where(pre > rows.threshold[:n], pre, 0)[clear], whole[clear], atol=0.02)
+
+
+def test_directions_say_what_they_are_of_and_are_told_apart_from_the_saes_features(trained: Trained) -> None:
+    concepts = {c.concept for f in trained.bank.features for c in f.concept_scores}
+    names = {*DOMAINS, *(f"{d}/{c}" for d in DOMAINS for c in concepts)}
+    directions = [f for f in trained.bank.features if f.direction]
+    assert directions
+    assert {f.direction for f in directions} <= names
+    for hook in trained.bank.manifest.hook_points:
+        assert hook.d_sae == 128
+        assert hook.n_directions == sum(f.hook_name == hook.hook_name for f in directions)
 
 
 def test_a_second_run_with_the_cache_gives_the_same_bank(workshop: Workshop, trained: Trained, tmp_path: Path) -> None:
