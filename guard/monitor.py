@@ -195,8 +195,36 @@ class Monitor:
         rows = None if live is None else np.flatnonzero(live)
         if rows is not None and not len(rows):
             return []
+        return self._step(state, rows, *self._evidence(feature_acts))
+
+    def observe_each(
+        self, states: Sequence[BatchState], sae_ins: Mapping[str, Float[Tensor, "n d_in"]]
+    ) -> list[list[Verdict]]:
+        """Judge one response token of each of n sequences that have a state of their own, of one row, by the
+        activations at the hook points. Returns the verdicts of each.
+
+        Raises GuardError if the activations are not numbers.
+        """
+        if self._compiled is not None and len(states) <= MAX_BATCH:
+            rows = [{name: x[i, None, None] for name, x in sae_ins.items()} for i in range(len(states))]
+            found = [self.observe_hidden(state, row) for state, row in zip(states, rows, strict=True)]
+        else:
+            acts, evidence = self._evidence(self.encoder.encode(sae_ins))
+            found = [self._step(s, None, acts[i : i + 1], evidence[i : i + 1]) for i, s in enumerate(states)]
+        return [[verdict for _, verdict in fired] for fired in found]
+
+    def _evidence(self, feature_acts: Float[Tensor, "n F"]) -> tuple[Float[Tensor, "n F"], npt.NDArray[np.float32]]:
+        """The clipped activations, and what they add to the domains' averages: the one wait for the device."""
         clipped = feature_acts.clamp_max(self.bank.pooling.ceiling)
-        evidence = (clipped @ self.heads.weight).cpu().numpy()  # the one wait for the device
+        return clipped, (clipped @ self.heads.weight).cpu().numpy()
+
+    def _step(
+        self,
+        state: BatchState,
+        rows: npt.NDArray[np.int64] | None,
+        clipped: Float[Tensor, "B F"],
+        evidence: npt.NDArray[np.float32],
+    ) -> list[tuple[int, Verdict]]:
         reached = self._advance(state, rows, clipped, evidence)
         return self._decide(state, rows) if reached or state.counting or self.streaming_rules.others else []
 

@@ -9,7 +9,6 @@ with that cache continues it. Whatever else a pass may mean is refused.
 from __future__ import annotations
 
 import copy
-import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from feature_bank.layout import layout, template_segments
 from guard.capture import Capture, StopForwardError
 from guard.engines.generate_options import bind_options, end_ids, refuse_unsupported
+from guard.engines.judging import FORBIDDEN, Judging
 from guard.errors import GuardError, UnsupportedGenerationError
 from guard.events import SequenceReport, Verdict
 from guard.hook_points import execution_order
@@ -33,10 +32,7 @@ from guard.reports import count_reports, make_reports
 from guard.state import BatchState
 from guard.steering import Steering
 
-logger = logging.getLogger(__name__)
 METRICS_EVERY = 32  # passes: a histogram's locks and buckets cost a decoding step more than their reading is worth
-# Finite, so that a sampler that masks the end token still has a distribution
-_FORBIDDEN = torch.finfo(torch.float16).min
 
 
 class TransformersEngine:
@@ -49,16 +45,14 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.monitor = monitor
         self.metrics = metrics
-        self.errors: list[str] = []
+        self._judging = Judging(monitor, tokenizer, metrics)
+        self.errors = self._judging.errors
         self.state: BatchState | None = None
         self.reports: list[SequenceReport] = []
         self.pending_ids: tuple[str, ...] = ()
         self.end_ids = end_ids(model, tokenizer, {})
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._special = self._judging.special
         self._expect_ends(self.end_ids)
-        self._template = template_segments(tokenizer, self._special)
-        tables = (*monitor.rules.values(), monitor.streaming_rules)
-        self._bound = {bound.rule.label: bound for table in tables for bound in table.rules}
         self._hooks = monitor.encoder.hook_names
         self._last_hook = max(self._hooks, key=execution_order)
         self._hidden: dict[str, Tensor] = {}
@@ -193,7 +187,7 @@ class TransformersEngine:
         if any(state.blocked):
             rows = [row for row, blocked in enumerate(state.blocked) if blocked]
             logits = output.logits if hasattr(output, "logits") else output[0]
-            logits[rows, -1, :] = _FORBIDDEN
+            logits[rows, -1, :] = FORBIDDEN
             logits[rows, -1, self._ends[0]] = 0.0
 
     # ---- judging -----------------------------------------------------------------------------------------
@@ -233,13 +227,9 @@ class TransformersEngine:
         for row in range(self._input_ids.shape[0]):
             ids = self._input_ids[row]
             valid = torch.ones_like(ids, dtype=torch.bool) if self._mask is None else self._mask[row]
-            placed = layout(ids[valid].tolist(), self._special, self._template)
-            observed = torch.from_numpy(placed.observed).to(self.monitor.device)
-            segment = torch.from_numpy(placed.segment).to(self.monitor.device)[observed]
-            at = valid.nonzero().flatten()[observed]
-            acts = self.monitor.encoder.encode({name: hidden[row, at] for name, hidden in self._hidden.items()})
-            positions = observed.nonzero().flatten()
-            verdicts = self.monitor.observe_prompt(state, row, acts, segment, positions)
+            hidden = {name: x[row] for name, x in self._hidden.items()}
+            where = valid.nonzero().flatten()
+            verdicts = self._judging.judge_prompt(state, row, ids[valid].tolist(), hidden, where)
             self._act([(row, verdict) for verdict in verdicts])
 
     def _act(self, fired: Sequence[tuple[int, Verdict]]) -> None:
@@ -249,7 +239,7 @@ class TransformersEngine:
         if self.state.released:
             for row, label in self.state.released:
                 if self._steering is not None:
-                    self._steering.release(row, self._bound[label])
+                    self._steering.release(row, self._judging.bound[label])
             self.state.released.clear()
         for row, verdict in fired:
             self.metrics.count_verdict(verdict)
@@ -257,18 +247,11 @@ class TransformersEngine:
                 if self._steering is None:
                     batch = len(self.state.request_ids)
                     self._steering = Steering(self.monitor.bank, self.monitor.encoder, batch)
-                self._steering.steer(row, self._bound[verdict.rule])
+                self._steering.steer(row, self._judging.bound[verdict.rule])
 
     def _failed(self, error: Exception) -> None:
         """An internal error: counted, logged, and by default every sequence of the batch is stopped."""
-        on_error = self.monitor.policy.on_error
-        self.metrics.count_error(on_error)
-        self.errors.append(f"{type(error).__name__}: {error}")
-        logger.error("guard failed (%s), on_error=%s", self.errors[-1], on_error, exc_info=error)
-        if self.state is not None:
-            self.state.failed = True
-            if on_error == "block":
-                self.state.blocked = [True] * len(self.state.blocked)
+        self._judging.fail(error, [] if self.state is None else [self.state])
 
     # ---- generate ----------------------------------------------------------------------------------------
 

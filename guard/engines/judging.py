@@ -1,0 +1,67 @@
+"""What every way of generating shares: how a whole prompt is judged, and what follows when the guard itself fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from feature_bank.layout import layout, template_segments
+from guard.events import Verdict
+from guard.metrics import Metrics
+from guard.monitor import Monitor
+from guard.state import BatchState
+
+logger = logging.getLogger(__name__)
+# Finite, so that a sampler that masks the end token still has a distribution
+FORBIDDEN = torch.finfo(torch.float16).min
+
+
+class Judging:
+    """The monitor with what it has to know of a tokenizer, and the internal errors of the generation in work."""
+
+    def __init__(self, monitor: Monitor, tokenizer: Any, metrics: Metrics) -> None:
+        self.monitor = monitor
+        self.metrics = metrics
+        self.errors: list[str] = []
+        self.special = frozenset[int](tokenizer.all_special_ids)
+        self._template = template_segments(tokenizer, self.special)
+        tables = (*monitor.rules.values(), monitor.streaming_rules)
+        self.bound = {bound.rule.label: bound for table in tables for bound in table.rules}
+
+    def judge_prompt(
+        self,
+        state: BatchState,
+        row: int,
+        ids: Sequence[int],
+        hidden: Mapping[str, Float[Tensor, "n d_in"]],
+        where: Int[Tensor, " m"] | None = None,
+    ) -> list[Verdict]:
+        """Judge the whole prompt of sequence `row`: the m tokens `ids`, whose activations lie in the rows `where` of
+        `hidden` (in all of them, if not given).
+
+        Raises GuardError if the activations are not numbers.
+        """
+        placed = layout(ids, self.special, self._template)
+        device = self.monitor.device
+        observed = torch.from_numpy(placed.observed).to(device)
+        segment = torch.from_numpy(placed.segment).to(device)[observed]
+        positions = observed.nonzero().flatten()
+        at = positions if where is None else where[observed]
+        acts = self.monitor.encoder.encode({name: x[at] for name, x in hidden.items()})
+        return self.monitor.observe_prompt(state, row, acts, segment, positions)
+
+    def fail(self, error: Exception, states: Iterable[BatchState]) -> None:
+        """An internal error while the sequences of `states` ran: counted, logged, and by default all of them stop."""
+        on_error = self.monitor.policy.on_error
+        self.metrics.count_error(on_error)
+        self.errors.append(f"{type(error).__name__}: {error}")
+        logger.error("guard failed (%s), on_error=%s", self.errors[-1], on_error, exc_info=error)
+        for state in states:
+            state.failed = True
+            if on_error == "block":
+                state.blocked = [True] * len(state.blocked)
