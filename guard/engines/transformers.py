@@ -3,7 +3,8 @@ still emit.
 
 The hooks do the work whoever calls the model: `model.generate`, the loop in `guard.session`, or a plain
 forward pass. A forward pass with an empty cache begins a batch of sequences (their prompts); one token a row
-with that cache continues it. Whatever else a pass may mean is refused.
+with that cache continues it. The packed passes of continuous batching are handed to `guard.engines.continuous`.
+Whatever else a pass may mean is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from guard.capture import Capture, StopForwardError
+from guard.engines.continuous import ContinuousBatching
 from guard.engines.generate_options import bind_options, end_ids, refuse_unsupported
 from guard.engines.judging import FORBIDDEN, Judging
 from guard.errors import GuardError, UnsupportedGenerationError
@@ -69,42 +71,61 @@ class TransformersEngine:
         self._steering: Steering | None = None
         self._seconds = 0.0
         self._step_seconds: list[float] = []
+        self._packed = False  # whether the pass in work is one of continuous batching
+        self.continuous = ContinuousBatching(model, self._judging, self._hooks, self._last_hook, self.end_ids[0])
         self._capture = Capture(model, self._hooks, self._at_hook)
         self._outer = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
         ]
         self._original_generate: Callable[..., Any] = model.generate
+        self._original_open: Callable[..., Any] = model.init_continuous_batching
+        self._original_batch: Callable[..., Any] = model.generate_batch
         model.generate = self._generate
+        model.init_continuous_batching = self._init_continuous_batching
+        model.generate_batch = self._generate_batch
 
     def close(self) -> None:
-        """Remove the hooks and restore `model.generate`."""
+        """Remove the hooks and restore the model's methods. Continuous batching that is running is stopped first."""
+        self.continuous.close()
         self._capture.close()
         for handle in self._outer:
             handle.remove()
-        vars(self.model).pop("generate", None)
+        for name in ("generate", "init_continuous_batching", "generate_batch"):
+            vars(self.model).pop(name, None)
         self.drop()
 
     # ---- forward passes ----------------------------------------------------------------------------------
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While this context is open, forward passes are not judged (the guard's own scoring passes)."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+        """While this context is open, forward passes are not judged (the guard's own scoring passes); continuous
+        batching waits."""
+        with self.continuous.held():
+            self._paused = True
+            try:
+                yield
+            finally:
+                self._paused = False
 
     def _before_forward(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._paused:
-            return
+        packed = self.continuous.owns(kwargs)
+        if not packed and not self._paused:
+            self.continuous.check_idle()
+        self._packed = packed
+        if packed:
+            self.continuous.begin_pass(kwargs)
+        elif not self._paused:
+            self._begin_pass(args, kwargs)
+
+    def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise UnsupportedGenerationError("the guard needs input_ids; inputs_embeds cannot be mapped to tokens")
         if kwargs.get("cu_seq_lens_q") is not None:
             raise UnsupportedGenerationError(
-                "several sequences are packed into one row (cu_seq_lens_q); the guard needs a row for each"
+                "several sequences are packed into one row (cu_seq_lens_q), and not by a manager that was made while "
+                "the guard was attached; the guard needs a row for each"
             )
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
@@ -148,6 +169,8 @@ class TransformersEngine:
             )
 
     def _at_hook(self, name: str, hidden: Tensor) -> Tensor | None:
+        if self._packed:
+            return self.continuous.at_hook(name, hidden)
         if self._paused or self.state is None:
             return None
         self._hidden[name] = hidden
@@ -177,6 +200,10 @@ class TransformersEngine:
         self._step_seconds.clear()
 
     def _after_forward(self, _: Any, _args: tuple[Any, ...], output: Any) -> None:
+        if self._packed:
+            self._packed = False
+            self.continuous.after_pass(output)
+            return
         state = self.state
         if self._paused or state is None:
             return
@@ -277,6 +304,22 @@ class TransformersEngine:
             self._expect_ends(self.end_ids)
             self.drop()
 
+    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        if self._paused:
+            return self._original_open(*args, **kwargs)
+        manager = self.continuous.open(self._original_open, args, kwargs)
+        self.start()
+        self.reports = self.continuous.reports
+        return manager
+
+    def _generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        results = self._original_batch(*args, **kwargs)
+        if (
+            self.continuous.fatal is not None and not self._paused
+        ):  # it has been logged and turned into failed requests on the way
+            raise self.continuous.fatal
+        return results
+
     def _stopping_criterion(self) -> Any:
         from transformers import StoppingCriteria
 
@@ -290,7 +333,11 @@ class TransformersEngine:
         return Blocked()
 
     def start(self, request_ids: tuple[str, ...] = ()) -> None:
-        """Forget the last generation's reports and errors; the next prompts get the given ids."""
+        """Forget the last generation's reports and errors; the next prompts get the given ids.
+
+        Raises GuardError while continuous batching is running.
+        """
+        self.continuous.check_idle()
         self.drop()
         self.errors.clear()
         self.reports = []

@@ -1,0 +1,328 @@
+"""The guard under continuous batching: requests that join and leave while a model generates.
+
+A manager runs the model in a thread of its own over packed passes, rows of several requests side by side. Each request
+has a state of its own, so that none can touch another's. What leaves the manager has been judged: a token that no pass
+has read yet is held back, and a request is given one token more than was asked for, so that the last one is read too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from guard.engines.batch_manager import Share, Tap, cached_manager, cut, end_next, open_manager, read_shares
+from guard.engines.judging import FORBIDDEN, Judging
+from guard.engines.requests import Request
+from guard.errors import GuardError, UnsupportedGenerationError
+from guard.events import SequenceReport, Verdict
+from guard.reports import count_reports, make_reports
+
+
+class _Part(NamedTuple):
+    request: Request
+    share: Share
+    again: int
+    """Tokens of the share that an earlier pass has read."""
+
+
+class ContinuousBatching:
+    """Guards the one manager that is open on a model.
+
+    The manager's thread calls the three methods of a pass; any thread may add and cancel requests.
+    """
+
+    def __init__(self, model: Any, judging: Judging, hook_names: Sequence[str], last_hook: str, end: int) -> None:
+        self._model = model
+        self._judging = judging
+        self._monitor = judging.monitor
+        self._hook_names = tuple(hook_names)
+        self._last_hook = last_hook
+        self._end = end
+        self._tap: Tap | None = None
+        self._lock = threading.RLock()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.reports: list[SequenceReport] = []
+        self.fatal: GuardError | None = None
+        """Why requests could not be taken or followed; the manager itself does not raise in its caller's thread."""
+        self._orders: list[int] = []  # of the reports
+        self._added = 0
+        self._requests: dict[str, Request] = {}
+        self._cancelled: set[str] = set()
+        self._pass: list[_Part] = []
+        self._hidden: dict[str, Tensor] = {}
+        self._judged = False
+        self._seconds = 0.0
+
+    # ---- the manager -------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether a manager's thread is at work on the model."""
+        return self._tap is not None and self._tap.running
+
+    def check_idle(self) -> None:
+        """Raise GuardError while a manager is at work: another generation would meet its passes in the hooks."""
+        if self.running:
+            raise GuardError("continuous batching is running on this model; stop its manager before anything else runs")
+
+    def open(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The guarded manager that `init_continuous_batching(*args, **kwargs)` gives; reports begin anew.
+
+        Raises UnsupportedGenerationError for what cannot be followed, GuardError while a manager is running.
+        """
+        self.check_idle()
+        cached = cached_manager(self._model)
+        if cached is not None and (self._tap is None or cached is not self._tap.manager):
+            raise UnsupportedGenerationError(
+                "a persistent continuous batching manager was left on the model before the guard was attached; call "
+                "model.destroy_cached_continuous_batching_manager() first"
+            )
+        manager = open_manager(self._model, original, args, kwargs)
+        if self._tap is None or self._tap.manager is not manager:
+            self._untap()
+            self._tap = Tap(manager, self)
+        self._clear()
+        return manager
+
+    def close(self) -> None:
+        """Stop a manager that is running, so that nothing goes on unguarded, and give it its own methods back."""
+        if self._tap is None:
+            return
+        manager = self._tap.manager
+        if self._tap.running:
+            manager.stop(hard_stop=True)
+        if cached_manager(self._model) is manager:
+            self._model.destroy_cached_continuous_batching_manager()
+        self._untap()
+
+    def _untap(self) -> None:
+        if self._tap is not None:
+            self._tap.restore()
+            self._tap = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While this context is open no pass of a manager runs, so that the model can be used otherwise."""
+        with ExitStack() as stack:
+            if self._tap is not None and self._tap.running:
+                try:
+                    stack.enter_context(self._tap.manager.pause())
+                except RuntimeError:  # it has come to its end meanwhile
+                    self.check_idle()
+            yield
+
+    # ---- requests that come and go -----------------------------------------------------------------------
+
+    def added(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Take note of a request. It may generate one token more, so that a pass reads the last that was asked for."""
+        with self._lock:
+            prompt = [int(token) for token in options["input_ids"]]
+            request_id = options.get("request_id")
+            if request_id is None:
+                request_id = f"request_{self._added}"
+            if not prompt or request_id in self._requests:
+                reason = "has no tokens; give it a prompt" if not prompt else "is in flight already; give another id"
+                self.fatal = GuardError(f"request {request_id!r} {reason}")
+                raise self.fatal
+            limit, given = options["max_new_tokens"], options["eos_token_id"]
+            ends = [] if given is None else [given] if isinstance(given, int) else list(given)
+            ends = [token for token in ends if token >= 0]
+            self._requests[request_id] = Request(
+                request_id,
+                order=self._added,
+                prompt=prompt,
+                limit=limit,
+                ends=ends,
+                end=ends[0] if ends else self._end,
+            )
+            self._added += 1
+            self._cancelled.discard(request_id)
+            more = None if limit is None else limit + 1
+            return {**options, "input_ids": prompt, "request_id": request_id, "max_new_tokens": more}
+
+    def denied(self, request_id: str) -> None:
+        """The manager did not take the request."""
+        with self._lock:
+            self._requests.pop(request_id, None)
+
+    def cancelled(self, request_id: str) -> None:
+        """Report on a request that its owner has called off; what the manager still does with it is let go."""
+        with self._lock:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._cancelled.add(request_id)
+                self._finish(request)
+
+    def leaving(self, output: Any) -> bool:
+        """Cut an output to the tokens that have been judged. Returns whether it is to leave at all.
+
+        Of a request that was stopped nothing after the deciding token leaves, and no end token either.
+        """
+        with self._lock:
+            request = self._requests.get(output.request_id)
+            if request is None:  # called off
+                cut(output, 0)
+                return bool(output.is_finished())
+            if output.is_finished():
+                cut(output, self._finish(request, output.generated_tokens))
+                return True
+            n = len(request.answer)
+            cut(output, n)
+            news = n > request.shown and n >= self._monitor.hold_tokens and not request.blocked
+            request.shown = n if news else request.shown
+            return news
+
+    def _finish(self, request: Request, tokens: Sequence[int] | None = None) -> int:
+        """Report on a request and forget it. Returns how many of its tokens may leave.
+
+        tokens: its whole answer, as the manager has it.
+        """
+        answer, state = request.answer, request.begin(self._monitor)
+        tokens = answer if tokens is None else tokens
+        kept = min(len(answer), len(tokens))
+        ended = len(tokens) == kept + 1 and tokens[kept] in request.ends and not request.blocked
+        try:
+            if list(tokens[:kept]) != answer[:kept]:
+                raise GuardError(f"request {request.request_id}: the tokens handed out are not those that were judged")
+            state.generated[0] = sum(token not in self._judging.special for token in answer)
+            for _, verdict in self._monitor.finish(state):
+                self._judging.metrics.count_verdict(verdict)
+            if state.generated != state.observed and not state.failed:
+                raise GuardError(f"{state.generated[0]} tokens were generated but {state.observed[0]} were observed")
+        except Exception as e:  # noqa: BLE001  # whatever it is, the policy says what follows from it
+            self._fail(e, [request])
+            kept, ended = (0, False) if request.blocked else (kept, ended)
+        del self._requests[request.request_id]
+        (report,) = reports = make_reports(self._monitor, state)
+        count_reports(self._judging.metrics, reports, failed=state.failed)
+        if not self.reports:  # a reader may take them away
+            self._orders.clear()
+        place = bisect(self._orders, request.order)
+        self._orders.insert(place, request.order)
+        self.reports.insert(place, report)
+        within = request.limit is None or kept < request.limit
+        return kept + 1 if ended and within else kept
+
+    # ---- a pass ------------------------------------------------------------------------------------------
+
+    def owns(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a packed pass is one of the open manager's."""
+        return self._tap is not None and self._tap.owns(kwargs)
+
+    def begin_pass(self, kwargs: dict[str, Any]) -> None:
+        """Map the rows of a packed pass to their requests.
+
+        Raises UnsupportedGenerationError if they cannot be mapped, or if tokens before them were never read; that ends
+        the manager, and every request fails.
+        """
+        assert self._tap is not None
+        self._hidden.clear()
+        self._judged, self._seconds, self._pass = False, 0.0, []
+        with self._lock:
+            try:
+                shares = read_shares(self._tap.manager, kwargs)
+                self._cancelled &= {share.request_id for share in shares}
+                for share in shares:
+                    request = self._requests.get(share.request_id)
+                    if request is not None:
+                        request.begin(self._monitor)
+                        self._pass.append(_Part(request, share, request.unread(share.position, share.ids)))
+                    elif share.request_id not in self._cancelled:
+                        raise UnsupportedGenerationError(
+                            f"request {share.request_id} was not added through the manager's add_request"
+                        )
+            except GuardError as e:
+                self.fatal = e
+                self._fail(e, self._begun())
+                raise
+
+    def at_hook(self, name: str, hidden: Float[Tensor, "1 T d_in"]) -> Tensor | None:
+        """Steer the requests that are to be steered, and judge all at the last hook point."""
+        started = time.perf_counter()
+        self._hidden[name] = hidden
+        steered: Tensor | None = None
+        with self._lock:
+            try:
+                steered = self._steer(name, hidden)
+                if name == self._last_hook:
+                    self._judge()
+            except Exception as e:  # noqa: BLE001  # whatever it is, the policy says what follows from it
+                self._fail(e, [part.request for part in self._pass])
+        if name == self._last_hook:
+            self._judged = True  # or the failure to do so has been dealt with
+            self._hidden.clear()
+        self._seconds += time.perf_counter() - started
+        return steered
+
+    def after_pass(self, output: Any) -> None:
+        """Leave the requests that are to be stopped only their end."""
+        with self._lock:
+            if not self._judged:
+                error = GuardError(f"the hook at {self._last_hook} did not fire: a forward pass was not judged")
+                self._fail(error, [part.request for part in self._pass])
+            for request, share, again in self._pass:
+                request.ids += share.ids[again:]
+                if request.blocked and share.logits_row is not None:
+                    output.logits[0, share.logits_row] = FORBIDDEN
+                    output.logits[0, share.logits_row, request.end] = 0.0
+                    end_next(share.record)
+            self._pass = []
+        self._judging.metrics.observe_step(self._seconds)
+
+    def _steer(self, name: str, hidden: Tensor) -> Tensor | None:
+        steered: Tensor | None = None
+        for request, share, _ in self._pass:
+            for part, steering in request.steered(share.position, len(share.ids)):
+                rows = slice(share.start + part.start, share.start + part.stop)
+                changed = steering.apply(name, hidden[:, rows])
+                if changed is not None:
+                    steered = hidden.clone() if steered is None else steered
+                    steered[:, rows] = changed
+        return steered
+
+    def _judge(self) -> None:
+        if len(self._hidden) != len(self._hook_names):
+            raise GuardError(f"hooks did not fire: {sorted(set(self._hook_names) - set(self._hidden))}")
+        answering: list[tuple[Request, int]] = []
+        for request, share, again in self._pass:
+            first, stop = share.start + again, share.start + len(share.ids)
+            if first == stop:
+                continue
+            if len(request.ids) >= len(request.prompt):
+                if share.ids[again] not in self._judging.special:
+                    answering.append((request, first))
+                continue
+            whole = request.prompt_part({name: hidden[0, first:stop] for name, hidden in self._hidden.items()})
+            if whole is not None:
+                self._act(request, self._judging.judge_prompt(request.begin(self._monitor), 0, request.prompt, whole))
+        if answering:
+            rows = torch.tensor([row for _, row in answering], device=self._monitor.device)
+            states = [request.begin(self._monitor) for request, _ in answering]
+            found = self._monitor.observe_each(states, {name: x[0, rows] for name, x in self._hidden.items()})
+            for (request, _), verdicts in zip(answering, found, strict=True):
+                self._act(request, verdicts)
+
+    def _act(self, request: Request, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            self._judging.metrics.count_verdict(verdict)
+        after = max(len(request.ids) + 1, len(request.prompt))  # the position after the token that was judged
+        request.act(verdicts, self._judging.bound, self._monitor, after)
+
+    def _begun(self) -> list[Request]:
+        return [request for request in self._requests.values() if request.state is not None]
+
+    def _fail(self, error: Exception, requests: Sequence[Request]) -> None:
+        """An internal error while `requests` were read: by default every request in flight is stopped with them."""
+        if self._monitor.policy.on_error == "block":
+            requests = [*requests, *(request for request in self._begun() if request not in requests)]
+        self._judging.fail(error, [request.begin(self._monitor) for request in requests])
