@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 
 from guard.events import SEVERITY, ActionName, SequenceReport
 from guard.metrics import Metrics
 from guard.monitor import Monitor, sigmoid
 from guard.state import BatchState
+
+
+class OrderedReports(list[SequenceReport]):
+    """Reports of sequences that end in another order than they began in, kept in the order of their beginning.
+
+    Whoever reads them may take them away with `clear()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers: list[int] = []
+
+    def put(self, number: int, report: SequenceReport) -> None:
+        """Add the report of the sequence that was the `number`-th to begin."""
+        if not self:
+            self._numbers.clear()
+        place = bisect(self._numbers, number)
+        self._numbers.insert(place, number)
+        self.insert(place, report)
 
 
 def make_reports(monitor: Monitor, state: BatchState) -> list[SequenceReport]:

@@ -28,7 +28,8 @@ Messages = Sequence[Mapping[str, str]]
 class AttachedGuard:
     """The hooks are in place from construction until `close()`; one thread at a time.
 
-    While it is open `model.generate` is guarded too; the reports of its last call lie in `reports`.
+    While it is open `model.generate` is guarded too, and so are `model.generate_batch` and the managers of continuous
+    batching; the reports of the last call, or of the last manager, lie in `reports`.
     """
 
     def __init__(self, guard: Guard, model: Any, tokenizer: Any) -> None:
@@ -55,14 +56,20 @@ class AttachedGuard:
         self.close()
 
     def close(self) -> None:
-        """Remove the hooks. The model is then exactly what it was; calling twice is harmless."""
+        """Remove the hooks. The model is then exactly what it was; calling twice is harmless.
+
+        Continuous batching that is running is stopped first, and its requests fail.
+        """
         if not self._closed:
             self._closed = True
             self._engine.close()
 
     @property
     def reports(self) -> list[SequenceReport]:
-        """The reports of the last generation, one a sequence, in the order of the batch."""
+        """The reports of the last generation, one a sequence, in the order of the batch.
+
+        Under continuous batching: of the requests that have finished, in the order in which they were added.
+        """
         return self._engine.reports
 
     @property

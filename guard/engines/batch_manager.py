@@ -130,13 +130,26 @@ def open_manager(model: Any, original: Callable[..., Any], args: tuple[Any, ...]
         _refuse("tp_size", model.tp_size, "the guard has not been verified with tensor parallelism")
     given = options.get("continuous_batching_config") or getattr(generation, "continuous_batching_config", None)
     config = ContinuousBatchingConfig() if given is None else copy.deepcopy(given)
+    _require(config, "allow_block_sharing", "use_cuda_graph", "use_async_batching", "cpu_offload_space")
     config.allow_block_sharing = False  # on by default; a prompt that another request has cached would not be computed
     config.use_cuda_graph = False if config.use_cuda_graph is None else config.use_cuda_graph
     config.use_async_batching = False if config.use_async_batching is None else config.use_async_batching
     _check(config)
     manager = original(**{**options, "continuous_batching_config": config})
+    _require(manager, "output_router", "batch_processor", "generation_config", "cancel_request", "pause")
     _check(manager.continuous_batching_config)  # as it was resolved
     return manager
+
+
+def _require(of: Any, *names: str) -> None:
+    missing = [name for name in names if not hasattr(of, name)]
+    if missing:
+        import transformers
+
+        raise UnsupportedGenerationError(
+            f"{type(of).__name__} of transformers {transformers.__version__} has no {', '.join(missing)}; the guard "
+            "follows continuous batching as it is in transformers 5.19: install that, or detach the guard"
+        )
 
 
 def _check(config: Any) -> None:

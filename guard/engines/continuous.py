@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -22,8 +21,8 @@ from guard.engines.batch_manager import Share, Tap, cached_manager, cut, end_nex
 from guard.engines.judging import FORBIDDEN, Judging
 from guard.engines.requests import Request
 from guard.errors import GuardError, UnsupportedGenerationError
-from guard.events import SequenceReport, Verdict
-from guard.reports import count_reports, make_reports
+from guard.events import Verdict
+from guard.reports import OrderedReports, count_reports, make_reports
 
 
 class _Part(NamedTuple):
@@ -51,10 +50,9 @@ class ContinuousBatching:
         self._clear()
 
     def _clear(self) -> None:
-        self.reports: list[SequenceReport] = []
-        self.fatal: GuardError | None = None
+        self.reports = OrderedReports()
+        self.fatal: Exception | None = None
         """Why requests could not be taken or followed; the manager itself does not raise in its caller's thread."""
-        self._orders: list[int] = []  # of the reports
         self._added = 0
         self._requests: dict[str, Request] = {}
         self._cancelled: set[str] = set()
@@ -135,15 +133,11 @@ class ContinuousBatching:
                 self.fatal = GuardError(f"request {request_id!r} {reason}")
                 raise self.fatal
             limit, given = options["max_new_tokens"], options["eos_token_id"]
-            ends = [] if given is None else [given] if isinstance(given, int) else list(given)
-            ends = [token for token in ends if token >= 0]
+            ends = [given] if isinstance(given, int) else list(given or ())
+            ends = [token for token in ends if token >= 0]  # -1 stands for none
+            end = ends[0] if ends else self._end
             self._requests[request_id] = Request(
-                request_id,
-                order=self._added,
-                prompt=prompt,
-                limit=limit,
-                ends=ends,
-                end=ends[0] if ends else self._end,
+                request_id, number=self._added, prompt=prompt, limit=limit, ends=ends, end=end
             )
             self._added += 1
             self._cancelled.discard(request_id)
@@ -204,12 +198,9 @@ class ContinuousBatching:
             kept, ended = (0, False) if request.blocked else (kept, ended)
         del self._requests[request.request_id]
         (report,) = reports = make_reports(self._monitor, state)
-        count_reports(self._judging.metrics, reports, failed=state.failed)
-        if not self.reports:  # a reader may take them away
-            self._orders.clear()
-        place = bisect(self._orders, request.order)
-        self._orders.insert(place, request.order)
-        self.reports.insert(place, report)
+        if len(request.ids) >= len(request.prompt) or state.failed:  # else it left before anything was judged
+            count_reports(self._judging.metrics, reports, failed=state.failed)
+        self.reports.put(request.number, report)
         within = request.limit is None or kept < request.limit
         return kept + 1 if ended and within else kept
 
@@ -241,7 +232,7 @@ class ContinuousBatching:
                         raise UnsupportedGenerationError(
                             f"request {share.request_id} was not added through the manager's add_request"
                         )
-            except GuardError as e:
+            except Exception as e:
                 self.fatal = e
                 self._fail(e, self._begun())
                 raise

@@ -25,10 +25,10 @@ class Request:
     """
 
     def __init__(
-        self, request_id: str, *, order: int, prompt: Sequence[int], limit: int | None, ends: Sequence[int], end: int
+        self, request_id: str, *, number: int, prompt: Sequence[int], limit: int | None, ends: Sequence[int], end: int
     ) -> None:
         self.request_id = request_id
-        self.order = order
+        self.number = number
         """Its place among the requests, in the order in which they were added."""
         self.prompt = list(prompt)
         self.limit = limit

@@ -34,6 +34,7 @@ from guard.reports import count_reports, make_reports
 from guard.state import BatchState
 from guard.steering import Steering
 
+_REPLACED = ("generate", "generate_batch", "init_continuous_batching")
 METRICS_EVERY = 32  # passes: a histogram's locks and buckets cost a decoding step more than their reading is worth
 
 
@@ -81,9 +82,8 @@ class TransformersEngine:
         self._original_generate: Callable[..., Any] = model.generate
         self._original_open: Callable[..., Any] = model.init_continuous_batching
         self._original_batch: Callable[..., Any] = model.generate_batch
-        model.generate = self._generate
-        model.init_continuous_batching = self._init_continuous_batching
-        model.generate_batch = self._generate_batch
+        for name, method in zip(_REPLACED, (self._generate, self._generate_batch, self._open_batching), strict=True):
+            setattr(model, name, method)
 
     def close(self) -> None:
         """Remove the hooks and restore the model's methods. Continuous batching that is running is stopped first."""
@@ -91,7 +91,7 @@ class TransformersEngine:
         self._capture.close()
         for handle in self._outer:
             handle.remove()
-        for name in ("generate", "init_continuous_batching", "generate_batch"):
+        for name in _REPLACED:
             vars(self.model).pop(name, None)
         self.drop()
 
@@ -304,7 +304,7 @@ class TransformersEngine:
             self._expect_ends(self.end_ids)
             self.drop()
 
-    def _init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+    def _open_batching(self, *args: Any, **kwargs: Any) -> Any:
         if self._paused:
             return self._original_open(*args, **kwargs)
         manager = self.continuous.open(self._original_open, args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -280,6 +281,33 @@ def test_answer_shorter_than_the_evidence_is_decided_at_its_end(
     assert [report.action for report in guard.reports] == ["block"] * len(ids)
 
 
+def test_sampled_tokens_and_what_is_told_of_them_are_cut_alike(
+    attach: Attach, chatty: Any, ids: list[list[int]]
+) -> None:
+    guard = attach(make_policy(*FLAG_ALL, BLOCK), **VARIED)
+    config = greedy(12)
+    config.do_sample = True
+    outputs = chatty.generate_batch(
+        ids,
+        generation_config=config,
+        continuous_batching_config=batching(return_logprobs=True, seed=1),
+        record_timestamps=True,
+    )
+    for output, report in zip(outputs.values(), guard.reports, strict=True):
+        assert len(output.generated_tokens) == len(output.logprobs) == len(output.timestamps)
+        assert len(output.generated_tokens) == report.tokens_generated == report.tokens_observed
+
+
+def test_paged_eager_attention_is_guarded_too(attach: Attach, chatty: Any, ids: list[list[int]]) -> None:
+    chatty.set_attn_implementation("eager")
+    free = run(chatty, ids)
+    guard = attach(make_policy(*FLAG_ALL), **VARIED)
+    assert run(chatty, ids, max_batch_tokens=20) == free
+    _, expected = one_by_one(guard, ids)
+    run(chatty, ids)
+    assert_same_reports(guard.reports, expected)
+
+
 # ---- blocking --------------------------------------------------------------------------------------------
 
 
@@ -325,12 +353,13 @@ def test_end_token_that_is_suppressed_does_not_keep_a_blocked_request_alive(
 
 
 @pytest.mark.parametrize("end", [-1, None])
-def test_request_without_an_end_token_can_be_stopped(
-    attach: Attach, chatty: Any, ids: list[list[int]], end: int | None
+@pytest.mark.parametrize("limit", [40, None])
+def test_request_without_an_end_can_be_stopped(
+    attach: Attach, chatty: Any, ids: list[list[int]], end: int | None, limit: int | None
 ) -> None:
     guard = attach(make_policy({**BLOCK, "scope": ["response"]}), violence=True)
     config = greedy(40)
-    config.eos_token_id = end
+    config.eos_token_id, config.max_new_tokens = end, limit
     outputs = chatty.generate_batch(ids, generation_config=config, continuous_batching_config=batching())
     assert [len(output.generated_tokens) for output in outputs.values()] == [3] * len(ids)
     assert [report.tokens_observed for report in guard.reports] == [3] * len(ids)
@@ -464,6 +493,31 @@ def test_a_stream_that_may_still_be_blocked_is_held_back(attach: Attach, chatty:
         seen.gather(lambda: len(seen.finished) == len(ids))
     deciding = [report.verdicts[0].token_index for report in guard.reports]
     assert [[len(step) for step in seen.outputs[name]] for name in names] == [[n + 1] for n in deciding]
+
+
+def test_streams_read_through_handlers_are_cut_too(
+    attach: Attach, chatty: Any, ids: list[list[int]], unguarded: list[list[int]]
+) -> None:
+    guard = attach(make_policy({**BLOCK, "scope": ["response"], "evidence_tokens": 5}), violence=True)
+
+    async def read(manager: Any, name: str, prompt: list[int]) -> list[int]:
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        manager.register_result_handler(name, outputs.put_nowait)
+        manager.add_request(prompt, request_id=name, streaming=True)
+        while not (output := await asyncio.wait_for(outputs.get(), JOIN)).is_finished():
+            pass
+        tokens: list[int] = output.generated_tokens
+        return tokens
+
+    async def read_all() -> list[list[int]]:
+        with chatty.continuous_batching_context_manager(
+            generation_config=greedy(12), continuous_batching_config=batching()
+        ) as manager:
+            return await asyncio.gather(*(read(manager, str(i), prompt) for i, prompt in enumerate(ids)))
+
+    found = asyncio.run(read_all())
+    assert found == [row[:5] for row in unguarded]
+    assert [report.tokens_observed for report in guard.reports] == [5] * len(ids)
 
 
 def test_a_request_that_is_called_off_is_reported_and_lets_the_others_go_on(
