@@ -435,6 +435,32 @@ def test_steered_positions_are_those_from_the_verdict_on(attach: Attach, chatty:
     assert [report.action for report in guard.reports] == ["steer"] * 3
 
 
+@pytest.mark.parametrize("scope", ["prompt", "response"])
+def test_request_that_is_read_again_is_steered_as_it_was(
+    attach: Attach, chatty: Any, ids: list[list[int]], scope: str
+) -> None:
+    """What the layers after the hook get at a position is the same whenever it is read."""
+    guard = attach(make_policy({**STEER, "scope": [scope]}), violence=True)
+    read: dict[tuple[str, int], list[Tensor]] = {}
+
+    def see(_: Any, _args: Any, output: Any) -> None:
+        hidden = (output if isinstance(output, Tensor) else output[0])[0]
+        for _, share, _ in guard._engine.continuous._pass:
+            for i in range(len(share.ids)):
+                read.setdefault((share.request_id, share.position + i), []).append(hidden[share.start + i].clone())
+
+    handle = chatty.model.layers[int(HOOKS[0].split(".")[1])].register_forward_hook(see)
+    run(chatty, ids, page_size=4, num_blocks=40)
+    handle.remove()
+    again = {place: found for place, found in read.items() if len(found) > 1}
+    assert any(position >= len(ids[int(name.removeprefix("req_"))]) + 3 for name, position in again)
+    for place, found in again.items():
+        torch.testing.assert_close(
+            torch.stack(found), found[0].expand(len(found), -1), atol=1e-4, rtol=1e-4, msg=str(place)
+        )
+    assert [report.action for report in guard.reports] == ["steer"] * len(ids)
+
+
 # ---- the manager: requests that join later, streams, cancelling ------------------------------------------
 
 
