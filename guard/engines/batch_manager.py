@@ -119,7 +119,9 @@ def open_manager(model: Any, original: Callable[..., Any], args: tuple[Any, ...]
     they are left to be chosen. Raises UnsupportedGenerationError naming what was asked for and cannot be followed.
     """
     from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+    _require(ContinuousBatchingManager, "add_request", "cancel_request", "pause")
     options = bind_options(original, args, kwargs)
     generation = options.get("generation_config") or model.generation_config
     for name, accepted in (("num_return_sequences", (None, 1)), ("guidance_scale", (None, 1))):
@@ -136,7 +138,7 @@ def open_manager(model: Any, original: Callable[..., Any], args: tuple[Any, ...]
     config.use_async_batching = False if config.use_async_batching is None else config.use_async_batching
     _check(config)
     manager = original(**{**options, "continuous_batching_config": config})
-    _require(manager, "output_router", "batch_processor", "generation_config", "cancel_request", "pause")
+    _require(manager, "output_router", "batch_processor", "generation_config")
     _check(manager.continuous_batching_config)  # as it was resolved
     return manager
 
@@ -146,8 +148,9 @@ def _require(of: Any, *names: str) -> None:
     if missing:
         import transformers
 
+        kind = of if isinstance(of, type) else type(of)
         raise UnsupportedGenerationError(
-            f"{type(of).__name__} of transformers {transformers.__version__} has no {', '.join(missing)}; the guard "
+            f"{kind.__name__} of transformers {transformers.__version__} has no {', '.join(missing)}; the guard "
             "follows continuous batching as it is in transformers 5.19: install that, or detach the guard"
         )
 

@@ -779,6 +779,19 @@ def test_ways_of_generating_that_cannot_be_followed_are_refused_by_name(
         )
 
 
+def test_another_transformers_is_refused_by_what_it_lacks(
+    attach: Attach, tiny_model: Any, ids: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+    tiny_model.set_attn_implementation("eager")
+    attach(make_policy())
+    monkeypatch.delattr(ContinuousBatchingManager, "pause")
+    with pytest.raises(UnsupportedGenerationError, match=r"has no pause.*5\.19"):
+        run(tiny_model, ids, 2)
+    tiny_model.generate(torch.tensor([ids[0]]), max_new_tokens=2)  # its attention has not been switched
+
+
 def test_prompts_are_not_shared_between_requests(attach: Attach, chatty: Any, ids: list[list[int]]) -> None:
     """The sharing of cached prompts is on by default; the same prompt twice, one after the other, is judged twice."""
     guard = attach(make_policy(*FLAG_ALL), **VARIED)
