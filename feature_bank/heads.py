@@ -8,8 +8,9 @@ Fitting and guarding call the same functions. For a token t of a segment (see `f
 
 A text that lies there whole (a prompt, a passage) is judged where its average has settled: its score is the maximum
 of e_t over full windows, or z at the end of a segment that does not fill one. A response that streams cannot wait for
-that: its score is the maximum of e_t from its token `settle_tokens` on, when the average still swings more, and it has
-thresholds of its own. Since the average is linear, only w . clip(a) has to be averaged, not a.
+that: its window is the shorter `streaming_window`, its score the maximum of e_t from its token `settle_tokens` on, and
+it has thresholds and, where the bank holds them, weights of its own, fitted on windows that short. Since the average is
+linear, only w . clip(a) has to be averaged, not a.
 """
 
 from __future__ import annotations

@@ -263,6 +263,13 @@ class Pooling(Record):
     settle_tokens: int = Field(default=1, gt=0)
     """The first token of a response, counted from 1, whose average counts while it streams; of a shorter response the
     last does."""
+    streaming_window: int | None = Field(default=None, gt=0)
+    """Tokens in the moving average of a response that streams; as many as `window` if left out."""
+
+    @property
+    def streamed(self) -> Pooling:
+        """As a response that streams is pooled: `window` is that of streaming."""
+        return self.model_copy(update={"window": self.streaming_window or self.window})
 
 
 class Calibration(Record):
@@ -270,6 +277,15 @@ class Calibration(Record):
 
     slope: float = Field(gt=0.0)
     intercept: FiniteFloat
+
+
+class StreamingHead(Record):
+    """Weights for a response that streams, over the features of the domain's head: fitted on windows of text as short
+    as its moving average is then."""
+
+    weights: list[FiniteFloat]
+    bias: FiniteFloat
+    calibration: Calibration
 
 
 class HeadRecord(Record):
@@ -286,10 +302,13 @@ class HeadRecord(Record):
     """The same for a response that is judged token by token: over its many prefixes a score peaks higher."""
     steering: list[FiniteFloat]
     """Per feature: mean activation on the domain's text minus that elsewhere, in units of the activation itself."""
+    streaming: StreamingHead | None = None
+    """None: a response that streams is judged by the same weights."""
 
     @model_validator(mode="after")
     def _aligned(self) -> HeadRecord:
-        if not len(self.features) == len(self.weights) == len(self.steering):
+        streamed = self.weights if self.streaming is None else self.streaming.weights
+        if not len(self.features) == len(self.weights) == len(self.steering) == len(streamed):
             raise ValueError("features, weights and steering must have one entry a feature")
         if len(set(self.features)) != len(self.features):
             raise ValueError("features names a feature twice")

@@ -18,22 +18,31 @@ class DomainHeads:
     = logits.
 
     allowed: of a domain, the places of features that are not to raise its score; where one lowers it, it still does.
+    streaming: as they are for a response that is judged token by token.
     """
 
-    def __init__(self, bank: Bank, device: torch.device, allowed: Mapping[str, Sequence[int]] | None = None) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        device: torch.device,
+        allowed: Mapping[str, Sequence[int]] | None = None,
+        *,
+        streaming: bool = False,
+    ) -> None:
         self.domains = tuple(bank.heads)
-        self.pooling = bank.pooling
+        self.pooling = bank.pooling.streamed if streaming else bank.pooling
         position = {feature.id: i for i, feature in enumerate(bank.features)}
         weight = torch.zeros(len(bank.features), len(self.domains))
         bias = torch.zeros(len(self.domains))
         for column, domain in enumerate(self.domains):
             head = bank.heads[domain]
-            slope = head.calibration.slope
-            for feature, value in zip(head.features, head.weights, strict=True):
+            fitted = head.streaming if streaming and head.streaming is not None else head
+            slope = fitted.calibration.slope
+            for feature, value in zip(head.features, fitted.weights, strict=True):
                 weight[position[feature], column] = slope * value
             places = list((allowed or {}).get(domain, ()))
             weight[places, column] = weight[places, column].clamp_max(0.0)
-            bias[column] = slope * head.bias + head.calibration.intercept
+            bias[column] = slope * fitted.bias + fitted.calibration.intercept
         self.weight: Float[Tensor, "F D"] = weight.to(device)
         self.bias: Float[Tensor, " D"] = bias.to(device)
         self.offset: npt.NDArray[np.float32] = bias.numpy()

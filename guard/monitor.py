@@ -47,9 +47,10 @@ class Monitor:
         self.encoder = SelectedEncoder(bank, device)
         self.allowed = allowed_features(policy, bank)
         self.heads = DomainHeads(bank, device, self.allowed)
+        self.streaming_heads = DomainHeads(bank, device, self.allowed, streaming=True)
         phases: tuple[Phase, ...] = ("prompt", "response")
         self.rules = {p: bind_rules(policy, bank, self.heads, p, streaming=False) for p in phases}
-        self.streaming_rules = bind_rules(policy, bank, self.heads, "response", streaming=True)
+        self.streaming_rules = bind_rules(policy, bank, self.streaming_heads, "response", streaming=True)
         check_reachable(policy, [*self.rules.values(), self.streaming_rules])
         self._compiled = self._compile() if device.type == "cpu" else None
 
@@ -64,10 +65,10 @@ class Monitor:
         ]
         return CompiledStep(
             hooks,
-            self.heads.weight.numpy(),
-            self.heads.offset,
+            self.streaming_heads.weight.numpy(),
+            self.streaming_heads.offset,
             self.streaming_rules.lowest,
-            pooling=self.bank.pooling,
+            pooling=self.streaming_heads.pooling,
         )
 
     @property
@@ -84,7 +85,7 @@ class Monitor:
         """Fresh state for a batch of sequences."""
         return BatchState.create(
             tuple(request_ids),
-            window=self.bank.pooling.window,
+            window=self.streaming_heads.pooling.window,
             features=self.encoder.n_features,
             domains=len(self.domains),
             rules=len(self.streaming_rules.rules),
@@ -216,7 +217,7 @@ class Monitor:
     def _evidence(self, feature_acts: Float[Tensor, "n F"]) -> tuple[Float[Tensor, "n F"], npt.NDArray[np.float32]]:
         """The clipped activations, and what they add to the domains' averages: the one wait for the device."""
         clipped = feature_acts.clamp_max(self.bank.pooling.ceiling)
-        return clipped, (clipped @ self.heads.weight).cpu().numpy()
+        return clipped, (clipped @ self.streaming_heads.weight).cpu().numpy()
 
     def _step(
         self,
@@ -238,7 +239,7 @@ class Monitor:
         """Take one more token of the sequences `rows`, or of all, into the state, up to the logits. Returns whether any
         of these is one that a rule counts. native.c does the same.
         """
-        pooling = self.bank.pooling
+        pooling = self.streaming_heads.pooling
         window, least = pooling.window, pooling.min_tokens
         where: Any
         here: Any
@@ -258,7 +259,7 @@ class Monitor:
         if np.max(count) == state.logits.shape[1]:
             state.make_room()
         total = state.evidence[where, count] + evidence[where]
-        logits = (total - state.evidence[where, first]) / divisor + self.heads.offset
+        logits = (total - state.evidence[where, first]) / divisor + self.streaming_heads.offset
         reached = not (logits < self.streaming_rules.lowest).all()  # which NaN is not
         if reached and np.isnan(logits).any():
             raise GuardError(_NOT_FINITE)
@@ -307,7 +308,7 @@ class Monitor:
 
     def _last_acts(self, state: BatchState, rows: npt.NDArray[np.integer[Any]]) -> Float[Tensor, "n F"]:
         """The clipped activations of the last token of the sequences `rows`."""
-        slot = (state.count[rows] - 1) % self.bank.pooling.window
+        slot = (state.count[rows] - 1) % self.streaming_heads.pooling.window
         return state.recent[torch.from_numpy(rows).to(self.device), torch.from_numpy(slot).to(self.device)]
 
     def scores(self, state: BatchState, row: int) -> dict[str, float]:
@@ -343,9 +344,12 @@ class Monitor:
                 self._record(state, row, [verdicts[-1][1]])
         return verdicts
 
-    def hits(self, average: Float[Tensor, " F"], domain: int, top: int = TOP_FEATURES) -> tuple[FeatureHit, ...]:
+    def hits(
+        self, average: Float[Tensor, " F"], domain: int, top: int = TOP_FEATURES, *, streaming: bool = False
+    ) -> tuple[FeatureHit, ...]:
         """The features that add most to a domain's logit, given their (average) clipped activations."""
-        contribution = average * self.heads.weight[:, domain]
+        heads = self.streaming_heads if streaming else self.heads
+        contribution = average * heads.weight[:, domain]
         order = contribution.argsort(descending=True)[:top].tolist()
         return tuple(self.hit(i, average, contribution) for i in order if float(contribution[i]) > 0)
 
@@ -368,13 +372,13 @@ class Monitor:
         return max((r.settle_tokens - 1 + r.evidence_tokens for r in blocking), default=0)
 
     def _response_verdict(self, state: BatchState, row: int, rule: int, value: float) -> Verdict:
-        count, pooling = int(state.count[row]), self.bank.pooling
+        count, pooling = int(state.count[row]), self.streaming_heads.pooling
         bound = self.streaming_rules.rules[rule]
         if bound.head is None:
             acts = self._last_acts(state, np.array([row]))[0]
         else:
             acts = state.recent[row].sum(0) / max(min(count, pooling.window), pooling.min_tokens)
-        return self._verdict(bound, "response", state.request_ids[row], count - 1, value, acts)
+        return self._verdict(bound, "response", state.request_ids[row], count - 1, value, acts, streaming=True)
 
     def _verdict(
         self,
@@ -384,6 +388,8 @@ class Monitor:
         token: int,
         value: float,
         acts: Float[Tensor, " F"],
+        *,
+        streaming: bool = False,
     ) -> Verdict:
         """value: what the rule compared; acts: the features' activations that explain it."""
         return Verdict(
@@ -395,7 +401,9 @@ class Monitor:
             threshold=bound.threshold,
             action=bound.rule.action,
             rule=bound.rule.label,
-            features=self._hits_of(bound, acts) if bound.head is None else self.hits(acts, bound.head),
+            features=self._hits_of(bound, acts)
+            if bound.head is None
+            else self.hits(acts, bound.head, streaming=streaming),
             bank_version=self.bank.version,
             policy_version=self.policy.version,
         )

@@ -32,10 +32,12 @@ class SparseHead:
 RIDGE_C = 0.001
 
 
-def fit_sparse_head(pooled: FloatArray, y: BoolArray, weight: FloatArray, *, max_features: int) -> SparseHead:
+def fit_sparse_head(
+    pooled: FloatArray, y: BoolArray, weight: FloatArray, *, max_features: int, ridge: float = RIDGE_C
+) -> SparseHead:
     """Ridge logistic regression on all columns, then again on the `max_features` with the largest coefficients.
 
-    Columns are scaled to unit spread first. weight: per document.
+    Columns are scaled to unit spread first. weight: per document. ridge: scikit-learn's C, the inverse of the penalty.
 
     Raises DataError if no column varies.
     """
@@ -47,9 +49,9 @@ def fit_sparse_head(pooled: FloatArray, y: BoolArray, weight: FloatArray, *, max
         raise DataError("no feature fires on the labelled text; give more, or more varied, labelled rows")
     columns = np.arange(pooled.shape[1])
     if len(columns) > max_features:
-        first = LogisticRegression(C=RIDGE_C, max_iter=200).fit(scaled, y, sample_weight=weight)
+        first = LogisticRegression(C=ridge, max_iter=200).fit(scaled, y, sample_weight=weight)
         columns = np.sort(np.argsort(-np.abs(first.coef_[0]), kind="stable")[:max_features])
-    final = LogisticRegression(C=RIDGE_C, max_iter=500).fit(scaled[:, columns], y, sample_weight=weight)
+    final = LogisticRegression(C=ridge, max_iter=500).fit(scaled[:, columns], y, sample_weight=weight)
     return SparseHead(
         columns=columns.astype(np.int64),
         weights=(final.coef_[0] / spread[columns]).astype(np.float32),
@@ -89,7 +91,7 @@ def document_scores(
     used = np.flatnonzero(weights)
     clipped = np.minimum(acts[:, used].astype(np.float32), pooling.ceiling)
     evidence = torch.from_numpy(clipped @ weights[used])[:, None]
-    logits = moving_average(evidence, segment, pooling) + bias
+    logits = moving_average(evidence, segment, pooling.streamed if streaming else pooling) + bias
     settled = pooling.settle_tokens if streaming else pooling.window
     agreed = agreement(logits, segment, pooling.evidence_tokens, settled=settled)[:, 0]
     best = torch.full((n_documents,), -torch.inf)

@@ -14,7 +14,7 @@ from feature_bank.bank import Bank, Rows, save_bank
 from feature_bank.errors import BankError, DataError
 from feature_bank.layout import render, scored_positions
 from feature_bank.sae import SAE
-from feature_bank.schema import Canary, FeatureRecord, HeadRecord, Heads, HookRecord, Pooling
+from feature_bank.schema import Canary, FeatureRecord, HeadRecord, Heads, HookRecord, Pooling, StreamingHead
 from feature_bank.taxonomy import DOMAINS
 from guard.capture import pad_batch, truncated_forward
 from training.activations import FeatureStats, batch_topk_agreement, cached_pooling
@@ -35,6 +35,7 @@ from training.heads import (
 )
 from training.records import describe
 from training.selected import FeatureKey, Selection, TrainedHook, feature_id
+from training.streaming import fit_streaming_head
 
 if TYPE_CHECKING:
     from training.pipeline import Prepared, Preset
@@ -265,34 +266,40 @@ def _calibrated(
     records: dict[str, HeadRecord] = {}
     quality: dict[str, float] = {}
     for domain, head in fitted.items():
-        dense = np.zeros(len(selection.keys), dtype=np.float32)
-        dense[[position[key] for key in head.features]] = head.weights
-        scores, streamed = (
-            document_scores(
-                selection.acts,
-                cache.documents,
-                dense,
-                head.bias,
-                preset.pooling,
-                len(documents),
-                streaming=streaming,
-            )
-            for streaming in (False, True)
+        places = [position[key] for key in head.features]
+        streaming = fit_streaming_head(selection.acts[:, places], cache.documents, documents, domain, preset.pooling)
+        dense, streaming_dense = (np.zeros(len(selection.keys), dtype=np.float32) for _ in range(2))
+        dense[places] = head.weights
+        streaming_dense[np.array(places)[streaming.columns]] = streaming.weights
+        score = partial(
+            document_scores,
+            selection.acts,
+            cache.documents,
+            pooling=preset.pooling,
+            n_documents=len(documents),
         )
+        scores = score(weights=dense, bias=head.bias)
+        streamed = score(weights=streaming_dense, bias=streaming.bias, streaming=True)
         rows, y = _scored(scores, *labels(documents, domain, ("calibration",)))
         try:
-            calibration = calibrate(scores[rows], y)
+            calibration, streaming_calibration = (calibrate(s[rows], y) for s in (scores, streamed))
         except DataError as e:
             raise DataError(f"domain {domain!r}: {e}") from e
         keys = sorted(steering[domain], key=position.__getitem__)
+        at = [position[key] for key in keys]
         records[domain] = HeadRecord(
             features=[feature_id(key) for key in keys],
-            weights=[round(float(dense[position[key]]), 6) for key in keys],
+            weights=[round(float(w), 6) for w in dense[at]],
             bias=head.bias,
             calibration=calibration,
             thresholds=thresholds(probability(scores[rows], calibration), y),
-            streaming_thresholds=thresholds(probability(streamed[rows], calibration), y),
+            streaming_thresholds=thresholds(probability(streamed[rows], streaming_calibration), y),
             steering=[round(steering[domain][key], 6) for key in keys],
+            streaming=StreamingHead(
+                weights=[round(float(w), 6) for w in streaming_dense[at]],
+                bias=streaming.bias,
+                calibration=streaming_calibration,
+            ),
         )
         rows, y = _scored(scores, *labels(documents, domain, ("test",)))
         if 0 < y.sum() < len(y):

@@ -111,7 +111,7 @@ def _conditions(monitor: Monitor, number: int) -> Iterator[tuple[str, tuple[Boun
     """Of each way in which text is judged that the rule is for: the rule as it is bound there, and when it fires."""
     rule, pooling = monitor.policy.rules[number], monitor.bank.pooling
     whole = f"averaged over {pooling.window} tokens or a shorter text"
-    later = f"from token {pooling.settle_tokens} on, averaged over the last {pooling.window}"
+    later = f"from token {pooling.settle_tokens} on, averaged over the last {pooling.streamed.window}"
     ways = (
         ("prompt", monitor.rules["prompt"], "prompts", whole),
         ("response", monitor.streaming_rules, "answers as they come", later),
