@@ -43,8 +43,11 @@ def folds(documents: list[Document], domain: str) -> Iterator[Fold]:
         judged = [
             i
             for i in known
-            if documents[i].source == source
-            or (documents[i].split != "discovery" and domain not in documents[i].domains)
+            if not documents[i].id.startswith("taxonomy:")  # pairs that the bank's run has no tokens of
+            and (
+                documents[i].source == source
+                or (documents[i].split != "discovery" and domain not in documents[i].domains)
+            )
         ]
         if sum(domain in documents[i].domains for i in fit) >= 20:
             yield Fold(source, np.array(fit, dtype=np.int64), np.array(judged, dtype=np.int64))

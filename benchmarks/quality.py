@@ -2,16 +2,17 @@
 
     python -m benchmarks.quality --data DIR [--bank FOLDER] [--cache FOLDER] [--work FOLDER] [--docs]
 
-DIR holds `fit.jsonl.gz` and `dev.jsonl.gz`. The baselines are fitted on the first and on the "fit" rows of the
-project's own corpora; all are evaluated on the second and on the own "test" rows. With `--work`, the work folder of the
-training run that made the bank, one source of positives at a time is left out of the fitting as well. The result holds
-no text.
+DIR holds `fit.jsonl.gz` and `dev.jsonl.gz`. The baselines are fitted on the first, on the "fit" rows of the project's
+own corpora and on the taxonomy's train pairs, from all of which the bank has learnt; all are evaluated on the second
+and on the own "test" rows. With `--work`, the work folder of the training run that made the bank, one source of
+positives at a time is left out of the fitting as well. The result holds no text.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.baselines import (
     score_tfidf,
 )
 from benchmarks.results import RESULTS, Figure, write_result
-from benchmarks.rows import Bools, Floats, Rows, known_labels, read_all
+from benchmarks.rows import Bools, Floats, Rows, contrast_rows, known_labels, read_all
 from feature_bank.taxonomy import DOMAINS
 from training.corpus import OWN_SOURCE, Document
 
@@ -174,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from guard import Guard, load_model
 
     rows = read_all(options.data, options.limit, options.sample)
+    rows = replace(rows, fit=[*rows.fit, *([] if options.limit else contrast_rows())])
     guard = Guard.from_bank(options.bank)
     loaded = load_model(device="cpu")
     with guard.attach(loaded.model, loaded.tokenizer) as attached:

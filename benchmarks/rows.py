@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from feature_bank.errors import DataError
 from feature_bank.schema import CorpusRecord
+from feature_bank.taxonomy import load_taxonomy
+from training.contrast import taxonomy_texts
 from training.corpus import Document, read_documents, read_rows
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -61,6 +63,12 @@ def read_all(data: Path, limit: int | None, sample: int | None = None) -> Rows:
         is_own=np.arange(len(dev) + len(own_test)) >= len(dev),
         records=fit_records + dev_records + own_records,
     )
+
+
+def contrast_rows() -> list[Document]:
+    """The taxonomy's train pairs and hard negatives: the bank's concept directions learn from them."""
+    texts = taxonomy_texts(load_taxonomy(None))
+    return [d for d in texts.documents if d.split != "test"]
 
 
 def _sample(documents: list[Document], limit: int | None) -> list[Document]:

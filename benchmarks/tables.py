@@ -291,6 +291,18 @@ def _selection_tables(result: Result) -> str:
     return selection_tables(result)
 
 
+def _streaming_tables(result: Result) -> str:
+    from benchmarks.decision_tables import streaming_tables
+
+    return streaming_tables(result)
+
+
+def _ablation_tables(result: Result) -> str:
+    from benchmarks.decision_tables import ablation_tables
+
+    return ablation_tables(result)
+
+
 def _explanation_tables(result: Result) -> str:
     from benchmarks.explanation_tables import explanation_tables
 
@@ -299,6 +311,8 @@ def _explanation_tables(result: Result) -> str:
 
 PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "quality": ("quality.md", "table", quality_tables),
+    "streaming": ("quality.md", "streaming", _streaming_tables),
+    "ablation": ("quality.md", "ablation", _ablation_tables),
     "overhead": ("performance.md", "table", overhead_tables),
     "training": ("performance.md", TRAINING, _training_tables),
     "bank_training": ("training.md", "table", bank_training_tables),

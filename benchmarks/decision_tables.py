@@ -1,0 +1,80 @@
+"""The tables of docs/quality.md on streaming and on what each part of the detector is worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.results import Result
+from benchmarks.tables import markdown
+from feature_bank.taxonomy import DOMAINS
+
+__all__ = ["ablation_tables", "streaming_tables"]
+
+_PARTS = {"dev": "development rows", "own": "test rows written for the project"}
+
+
+def streaming_tables(result: Result) -> str:
+    """How many spans are detected, and how soon."""
+    detail = result.detail
+    figures = {name: figure.value for name, figure in result.figures.items()}
+    rows = []
+    for part, title in _PARTS.items():
+        for domain in DOMAINS:
+            about = detail["domains"][domain][part]
+            rows.append(
+                [
+                    domain,
+                    title,
+                    about["spans"],
+                    _percent(figures.get(f"{part}_{domain}_detected")),
+                    _percent(figures.get(f"{part}_{domain}_in_time")),
+                    _quartiles(about["tokens"]),
+                    about["early"],
+                    _percent(figures.get(f"harmless_{domain}")),
+                ]
+            )
+        total, found = (_percent(figures.get(f"{part}_{name}")) for name in ("detected", "in_time"))
+        rows.append(["**all**", title, None, total, found, None, None, None])
+    within = f"of these within {detail['in_time_tokens']} tokens"
+    heading = ["domain", "spans from", "spans", "detected", within, "tokens to the flag: median (quartiles)"]
+    return "\n\n".join(
+        [
+            f"Bank `{detail['bank']['version']}`, policy `{detail['policy']}`, {result.date}. Moving average over "
+            f"{detail['window']} tokens, {detail['evidence_tokens']} tokens of evidence, from token "
+            f"{detail['settle_tokens']} of the response on.",
+            markdown([*heading, "flagged before the span", "harmless responses flagged"], rows),
+        ]
+    )
+
+
+def ablation_tables(result: Result) -> str:
+    """One row a variant, AUROC by domain on held-out fitting rows and on development rows."""
+    rows = [
+        [
+            variant["group"],
+            variant["name"],
+            " / ".join(str(variant["domains"].get(d, {}).get("features", "–")) for d in DOMAINS),
+            *(_auroc(variant["domains"], domain, part) for part in ("held_out", "dev") for domain in DOMAINS),
+        ]
+        for variant in result.detail["table"]
+    ]
+    heading = ["what is changed", "to", "features"]
+    return "\n\n".join(
+        [
+            f"Bank `{result.detail['bank']['version']}`, {result.date}. AUROC on fitting rows that were held out "
+            f"(h) and on development rows (d); features by domain in the order {', '.join(DOMAINS)}.",
+            markdown([*heading, *(f"{domain}, {part}" for part in "hd" for domain in DOMAINS)], rows),
+        ]
+    )
+
+
+def _auroc(domains: dict[str, Any], domain: str, part: str) -> str | None:
+    return f"{domains[domain][part]:.3f}" if domain in domains else None
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
+
+
+def _quartiles(tokens: list[float] | None) -> str | None:
+    return None if tokens is None else f"{tokens[1]:.0f} ({tokens[0]:.0f} to {tokens[2]:.0f})"
