@@ -151,11 +151,14 @@ def _new_table(text: tuple[str, ...], figures: tuple[str, ...]) -> Table:
 
 
 def _hooks_table(bank: Bank) -> Table:
-    table = _new_table(("hook point",), ("features", "SAE width", "fvu", "l0", "dead", "precision", "recall"))
+    table = _new_table(
+        ("hook point",), ("features", "directions", "SAE width", "fvu", "l0", "dead", "precision", "recall")
+    )
     for hook in bank.manifest.hook_points:
         table.add_row(
             hook.hook_name,
             str(hook.n_selected),
+            str(hook.n_directions),
             str(hook.d_sae),
             *(f"{v:.3f}" for v in (hook.fvu, hook.l0, hook.dead_fraction, hook.fires_precision, hook.fires_recall)),
         )

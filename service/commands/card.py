@@ -83,6 +83,7 @@ def review_line(review: Review, bank: Bank) -> str:
 
 def _facts(bank: Bank, feature: FeatureRecord, label: EffectiveLabel) -> Iterator[tuple[str, str]]:
     yield "feature", f"{feature.id} at {feature.hook_name}"
+    yield "direction", f"of {feature.direction}, fitted to labels" if feature.direction else ""
     if label.status != "unreviewed":
         yield "review", f"{label.status} by {label.reviewer}, {label.time}"
     yield "explanation", label.explanation
