@@ -76,6 +76,9 @@ class Steer(_Section):
     limit: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     """As a share of the norm; larger changes are scaled down to it. A sequence that several rules steer is held to the
     tightest. Beyond about 1 the text breaks down before the content gets rarer."""
+    prompt: bool = False
+    """Whether a rule that fires on the prompt steers the prompt's own tokens too: it is then read once more, or the
+    answer goes on seeing it as it is. Not under continuous batching."""
 
 
 class Signal(_Section):
@@ -293,8 +296,8 @@ def _stable(rule: dict[str, Any]) -> dict[str, Any]:
     does not use it stays the version that it was."""
     threshold = {name: v for name, v in (rule["threshold"] or {}).items() if name != "activation" or v is not None}
     later = {name: rule[name] for name in _LATER_FIELDS if rule[name] is not None}
-    limit = Steer.model_fields["limit"].default
-    steer = {name: value for name, value in rule["steer"].items() if name != "limit" or value != limit}
+    defaults = {name: Steer.model_fields[name].default for name in ("limit", "prompt")}
+    steer = {name: value for name, value in rule["steer"].items() if name not in defaults or value != defaults[name]}
     return {name: rule[name] for name in _FIRST_FIELDS} | {"threshold": threshold, "steer": steer} | later
 
 

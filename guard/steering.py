@@ -25,6 +25,8 @@ class Steering:
         self._limit: Float[Tensor, " B"] = torch.full((batch,), torch.inf, device=encoder.scale.device)
         self._in_force: dict[tuple[int, str, Steer], set[str]] = {}  # the rules that ask for it
         self._bound: dict[str, BoundRule] = {}
+        self.on_prompt: set[int] = set()
+        """Sequences of which a rule asks to steer the prompt as well."""
 
     @property
     def active(self) -> bool:
@@ -38,6 +40,8 @@ class Steering:
         """
         key = (row, bound.rule.target, bound.rule.steer)
         self._bound[bound.rule.label] = bound
+        if bound.rule.steer.prompt:
+            self.on_prompt.add(row)
         if key not in self._in_force:
             self._apply_rule(row, bound)
         self._in_force.setdefault(key, set()).add(bound.rule.label)

@@ -79,6 +79,12 @@ class ContinuousBatching:
         Raises UnsupportedGenerationError for what cannot be followed, GuardError while a manager is running.
         """
         self.check_idle()
+        on_prompt = next((r for r in self._monitor.policy.rules if r.action == "steer" and r.steer.prompt), None)
+        if on_prompt is not None:
+            raise UnsupportedGenerationError(
+                f"rule {on_prompt.label!r} steers prompts, which continuous batching reads but once; leave 'prompt' "
+                "out of its 'steer'"
+            )
         cached = cached_manager(self._model)
         if cached is not None and (self._tap is None or cached is not self._tap.manager):
             raise UnsupportedGenerationError(

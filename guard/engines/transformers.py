@@ -70,6 +70,7 @@ class TransformersEngine:
         self._paused = False
         self._stop_after_judging = False
         self._steering: Steering | None = None
+        self._reading_again: Tensor | None = None  # where a prompt that is read once more is steered
         self._seconds = 0.0
         self._step_seconds: list[float] = []
         self._packed = False  # whether the pass in work is one of continuous batching
@@ -77,7 +78,7 @@ class TransformersEngine:
         self._capture = Capture(model, self._hooks, self._at_hook)
         self._outer = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
         self._original_generate: Callable[..., Any] = model.generate
         self._original_open: Callable[..., Any] = model.init_continuous_batching
@@ -115,7 +116,7 @@ class TransformersEngine:
         self._packed = packed
         if packed:
             self.continuous.begin_pass(kwargs)
-        elif not self._paused:
+        elif not self._paused and self._reading_again is None:
             self._begin_pass(args, kwargs)
 
     def _begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,6 +174,9 @@ class TransformersEngine:
             return self.continuous.at_hook(name, hidden)
         if self._paused or self.state is None:
             return None
+        if self._reading_again is not None:
+            assert self._steering is not None
+            return self._steering.apply(name, hidden, self._reading_again)
         self._hidden[name] = hidden
         steered: Tensor | None = None
         try:
@@ -199,23 +203,52 @@ class TransformersEngine:
             self.metrics.observe_step(seconds)
         self._step_seconds.clear()
 
-    def _after_forward(self, _: Any, _args: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output, where it is another one than the model's."""
         if self._packed:
             self._packed = False
             self.continuous.after_pass(output)
-            return
+            return None
         state = self.state
-        if self._paused or state is None:
-            return
+        if self._paused or state is None or self._reading_again is not None:
+            return None
         if not self._judged:
             self._failed(GuardError(f"the hook at {self._last_hook} did not fire: a forward pass was not judged"))
         if self._cache is None:  # the model has made it in this pass
             self._cache = getattr(output, "past_key_values", None)
+        if self._begins and self._steering is not None and self._steering.on_prompt:
+            output = self._read_again(self._steering, args, kwargs)
         if any(state.blocked):
             rows = [row for row, blocked in enumerate(state.blocked) if blocked]
             logits = output.logits if hasattr(output, "logits") else output[0]
             logits[rows, -1, :] = FORBIDDEN
             logits[rows, -1, self._ends[0]] = 0.0
+        return output
+
+    def _read_again(self, steering: Steering, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The prompts' pass once more, those steered whose rules ask for it; the others come out as before."""
+        assert self._input_ids is not None
+        if kwargs.get("past_key_values") is not None:
+            self._empty_cache()
+        rows = torch.zeros(len(self._input_ids), dtype=torch.bool, device=self._input_ids.device)
+        rows[list(steering.on_prompt)] = True
+        valid = torch.ones_like(self._input_ids, dtype=torch.bool) if self._mask is None else self._mask
+        self._reading_again = valid & rows[:, None]
+        try:
+            output = self.model(*args, **kwargs)
+        finally:
+            self._reading_again = None
+        self._cache = getattr(output, "past_key_values", self._cache)
+        return output
+
+    def _empty_cache(self) -> None:
+        with suppress(RuntimeError):  # a sliding window that has moved on
+            self._cache.crop(-int(self._cache.get_seq_length()))
+        if self._cache.get_seq_length():
+            raise UnsupportedGenerationError(
+                f"this {type(self._cache).__name__} cannot be emptied, so that the prompt could be read once more, "
+                "steered; leave 'prompt' out of the rule's 'steer'"
+            )
 
     # ---- judging -----------------------------------------------------------------------------------------
 
