@@ -21,6 +21,8 @@ from tests.factories import POOLING, make_bank
 settings.register_profile("steady", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("steady")
 
+pytest.register_assert_rewrite("tests.guard.generation", "tests.guard.continuous.requests")
+
 MakeBank = Callable[..., Bank]
 Attach = Callable[..., AttachedGuard]
 

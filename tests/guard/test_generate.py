@@ -8,42 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from feature_bank import DOMAINS
-from guard.errors import GuardError, UnsupportedGenerationError
-from guard.events import SequenceReport
 from guard.metrics import Metrics
-from guard.session import AttachedGuard
-from guard.steering import Steering
 from tests.factories import HOOKS, make_policy
 from tests.guard.conftest import VARIED, Attach
-
-FLAG_ALL = [{"domain": domain, "action": "flag", "evidence_tokens": 2} for domain in DOMAINS]
-BLOCK = {"domain": "violence", "action": "block"}
-END = 2
-
-Batch = dict[str, Tensor]
-
-
-def answers(output: Tensor, batch: Batch) -> list[list[int]]:
-    """The generated ids of each row, up to its end."""
-    rows = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [row[: row.index(END)] if END in row else row for row in rows]
-
-
-def row_alone(batch: Batch, row: int) -> Batch:
-    keep = batch["attention_mask"][row].bool()
-    return {
-        "input_ids": batch["input_ids"][row : row + 1, keep],
-        "attention_mask": batch["attention_mask"][row, keep][None],
-    }
-
-
-def assert_same_report(a: SequenceReport, b: SequenceReport) -> None:
-    assert (a.action, a.tokens_generated, a.tokens_observed) == (b.action, b.tokens_generated, b.tokens_observed)
-    for mine, other in ((a.prompt_scores, b.prompt_scores), (a.response_scores, b.response_scores)):
-        assert mine == pytest.approx(other, abs=1e-3)
-    keys = [[(v.rule, v.phase, v.token_index) for v in report.verdicts] for report in (a, b)]
-    assert keys[0] == keys[1]
+from tests.guard.generation import BLOCK, END, FLAG_ALL, Batch, answers, assert_same_report, row_alone
 
 
 class Oracle:
@@ -295,6 +263,22 @@ def test_flag_then_block_escalates(attach: Attach, chatty: Any, batch: Batch) ->
     assert value("sailguard_requests_total", {"phase": "response", "result": "block"}) == 4
 
 
+def test_own_loop_over_forward_passes_is_guarded(attach: Attach, chatty: Any, batch: Batch) -> None:
+    guard = attach(make_policy({**BLOCK, "scope": ["response"], "evidence_tokens": 2}), violence=True)
+    ids, mask, cache = batch["input_ids"], batch["attention_mask"], None
+    tokens = []
+    with torch.no_grad():
+        for _ in range(4):
+            output = chatty(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            ids = output.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones(4, 1, dtype=mask.dtype)], 1)
+            tokens.append(ids[:, 0].tolist())
+    assert all(END not in step for step in tokens[:2])
+    assert all(step == [END] * 4 for step in tokens[2:])
+    assert guard._engine.state is not None
+
+
 # ---- steering --------------------------------------------------------------------------------------------
 
 
@@ -344,44 +328,6 @@ def test_steering_changes_only_the_steered_sequences_after_the_verdict(
             assert torch.equal(ids[row], free_ids[row])
 
 
-def steering_with_a_cooldown(tokens: int) -> dict[str, Any]:
-    steer = {"op": "add", "strength": 0.0}
-    return {"domain": "violence", "action": "steer", "steer": steer, "cooldown_tokens": tokens}
-
-
-def test_a_rule_that_stays_above_its_threshold_is_not_released(attach: Attach, chatty: Any, batch: Batch) -> None:
-    engine = attach(make_policy(steering_with_a_cooldown(3)), violence=True)._engine
-    act, in_force = engine._act, []
-
-    def watch(fired: Any) -> None:
-        act(fired)
-        in_force.append(engine._steering is not None and bool(engine._steering._in_force))
-
-    engine._act = watch  # type: ignore[method-assign]
-    chatty.generate(**row_alone(batch, 1), max_new_tokens=40, do_sample=False)
-    assert True in in_force
-    assert all(in_force[in_force.index(True) :])
-
-
-def test_what_a_rule_steered_since_the_prompt_is_let_go_after_its_cooldown(attach: Attach, batch: Batch) -> None:
-    guard = attach(make_policy(steering_with_a_cooldown(3)), violence=False)
-    engine, monitor = guard._engine, guard.monitor
-    engine.start()
-    engine._before_forward(None, (), dict(row_alone(batch, 1)))
-    state, (bound,) = engine.state, monitor.streaming_rules.rules
-    assert state is not None
-    engine._steering = Steering(monitor.bank, monitor.encoder, 1)
-    engine._steering.steer(0, bound)
-    state.prompted[0, 0] = state.counting = True
-    silent = torch.zeros(1, monitor.encoder.n_features)
-    in_force = []
-    for _ in range(monitor.bank.pooling.settle_tokens + 5):
-        engine._act(monitor.observe_step(state, silent))
-        in_force.append(bool(engine._steering._in_force))
-    kept = monitor.bank.pooling.settle_tokens - 1 + 2  # the average has to settle before it is below anything
-    assert in_force == [True] * kept + [False] * (len(in_force) - kept)
-
-
 def test_steering_ends_with_the_generation(attach: Attach, chatty: Any, batch: Batch) -> None:
     rule = {"domain": "violence", "action": "steer", "steer": {"strength": 8.0}, "scope": ["prompt"]}
     free = chatty.generate(**batch, max_new_tokens=6, do_sample=False)
@@ -390,119 +336,3 @@ def test_steering_ends_with_the_generation(attach: Attach, chatty: Any, batch: B
     assert torch.equal(chatty.generate(**batch, max_new_tokens=6, do_sample=False), first)
     guard.close()
     assert torch.equal(chatty.generate(**batch, max_new_tokens=6, do_sample=False), free)
-
-
-# ---- what is refused -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_beams", 2),
-        ("use_cache", False),
-        ("cache_implementation", "static"),
-        ("prompt_lookup_num_tokens", 3),
-        ("guidance_scale", 2.0),
-        ("penalty_alpha", 0.5),
-        ("prefill_chunk_size", 4),
-        ("token_healing", True),
-    ],
-)
-@pytest.mark.parametrize("through", ["argument", "configuration", "positional", "model"])
-def test_unsupported_generation_is_refused_by_argument(
-    attach: Attach, tiny_model: Any, batch: Batch, name: str, value: Any, through: str
-) -> None:
-    from transformers import GenerationConfig
-
-    attach(make_policy())
-    config = GenerationConfig(max_new_tokens=4)
-    setattr(config, name, value)
-    args: tuple[Any, ...] = (batch["input_ids"],)
-    options: dict[str, Any] = {"max_new_tokens": 4}
-    if through == "argument":
-        options[name] = value
-    elif through == "configuration":
-        options = {"generation_config": config}
-    elif through == "positional":
-        args, options = (*args, config), {}
-    else:
-        setattr(tiny_model.generation_config, name, value)
-    with pytest.raises(UnsupportedGenerationError, match=name):
-        tiny_model.generate(*args, **options)
-
-
-def test_unsupported_inputs_are_refused_by_argument(attach: Attach, tiny_model: Any, batch: Batch) -> None:
-    from transformers import DynamicCache, StaticCache, TextStreamer
-
-    attach(make_policy())
-    embeds = tiny_model.get_input_embeddings()(batch["input_ids"])
-    full = DynamicCache(config=tiny_model.config)
-    full.update(torch.zeros(4, 2, 3, 8), torch.zeros(4, 2, 3, 8), 0)
-    for name, value in {
-        "inputs_embeds": embeds,
-        "assistant_model": tiny_model,
-        "past_key_values": full,
-        "streamer": object.__new__(TextStreamer),
-    }.items():
-        with pytest.raises(UnsupportedGenerationError, match=name):
-            tiny_model.generate(**batch, **{name: value}, max_new_tokens=4)
-    static = StaticCache(config=tiny_model.config, max_cache_len=64)
-    with pytest.raises(UnsupportedGenerationError, match="past_key_values"):
-        tiny_model.generate(**batch, past_key_values=static, max_new_tokens=4)
-    with pytest.raises(UnsupportedGenerationError, match="inputs_embeds"):
-        tiny_model(inputs_embeds=embeds)
-
-
-def test_refusal_changes_nothing(attach: Attach, tiny_model: Any, batch: Batch) -> None:
-    guard = attach(make_policy())
-    tiny_model.generate(**batch, max_new_tokens=3, do_sample=False)
-    before = guard.reports
-    with pytest.raises(UnsupportedGenerationError):
-        tiny_model.generate(**batch, max_new_tokens=3, num_beams=2)
-    assert guard.reports == before
-    tiny_model.generate(**batch, max_new_tokens=3, do_sample=False)
-
-
-@pytest.mark.parametrize("change", ["unseen", "several", "other rows", "rewound", "mask"])
-def test_pass_that_cannot_be_mapped_is_refused(attach: Attach, tiny_model: Any, batch: Batch, change: str) -> None:
-    guard = attach(make_policy())
-    step = torch.tensor([[5]] * 4)
-    with torch.inference_mode():
-        cache = tiny_model(**batch, use_cache=True).past_key_values
-        options: dict[str, Any] = {"past_key_values": cache}
-        if change == "unseen":
-            guard._engine.drop()
-        elif change == "several":
-            step = torch.tensor([[5, 6]] * 4)
-        elif change == "other rows":
-            step = step[:2]
-        elif change == "rewound":
-            tiny_model(step, past_key_values=cache)
-            cache.crop(-1)
-        else:
-            options["attention_mask"] = torch.zeros(4, 1, 1, cache.get_seq_length() + 1)
-        with pytest.raises(UnsupportedGenerationError):
-            tiny_model(step, **options)
-
-
-def test_own_loop_over_forward_passes_is_guarded(attach: Attach, chatty: Any, batch: Batch) -> None:
-    guard = attach(make_policy({**BLOCK, "scope": ["response"], "evidence_tokens": 2}), violence=True)
-    ids, mask, cache = batch["input_ids"], batch["attention_mask"], None
-    tokens = []
-    with torch.no_grad():
-        for _ in range(4):
-            output = chatty(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            ids = output.logits[:, -1:].argmax(-1)
-            mask = torch.cat([mask, torch.ones(4, 1, dtype=mask.dtype)], 1)
-            tokens.append(ids[:, 0].tolist())
-    assert all(END not in step for step in tokens[:2])
-    assert all(step == [END] * 4 for step in tokens[2:])
-    assert guard._engine.state is not None
-
-
-def test_second_guard_on_a_model_is_refused(attach: Attach, tiny_model: Any, tiny_tokenizer: Any) -> None:
-    guard: AttachedGuard = attach(make_policy())
-    with pytest.raises(GuardError, match="already attached"):
-        guard.guard.attach(tiny_model, tiny_tokenizer)
-    guard.score(["x"])
