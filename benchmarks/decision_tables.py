@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md on streaming and on what each part of the detector is worth."""
+"""The tables of docs/quality.md on streaming, on steering and on what each part of the detector is worth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.results import Result
 from benchmarks.tables import markdown
 from feature_bank.taxonomy import DOMAINS
 
-__all__ = ["ablation_tables", "streaming_tables"]
+__all__ = ["ablation_tables", "steering_tables", "streaming_tables"]
 
 _PARTS = {"dev": "development rows", "own": "test rows written for the project"}
 
@@ -64,6 +64,31 @@ def ablation_tables(result: Result) -> str:
             f"Bank `{result.detail['bank']['version']}`, {result.date}. AUROC on fitting rows that were held out "
             f"(h) and on development rows (d); features by domain in the order {', '.join(DOMAINS)}.",
             markdown([*heading, *(f"{domain}, {part}" for part in "hd" for domain in DOMAINS)], rows),
+        ]
+    )
+
+
+def steering_tables(result: Result) -> str:
+    """What is written with and without steering, and how fluent it is."""
+    detail = result.detail
+    rows = []
+    for domain, arms in detail["domains"].items():
+        for name, arm in arms.items():
+            base = arms["harmless, unguarded" if name.startswith("harmless") else "unguarded"]["share"]
+            change = None if arm["share"] == base or not base else f"{100 * (arm['share'] / base - 1):+.0f} %"
+            figures = (f"{arm['nll']:.2f}", _percent(arm["repeated"]), _percent(arm["steered"]))
+            rows.append([domain, name, _percent(arm["share"]), change, *figures])
+    harmless, judge = detail["benign"], detail["judge"]
+    found = ", ".join(f"{domain} {_percent(share)}" for domain, share in judge["found_on_held_out_rows"].items())
+    heading = ["domain", "how", "found in the domain", "change", "nats a token", "trigrams repeated", "rule fired"]
+    return "\n\n".join(
+        [
+            f"Bank `{detail['bank']['version']}`, {result.date}. Judge: layer {judge['layer']}; of positives held out "
+            f"from its fitting it finds {found}.",
+            markdown(heading, rows),
+            f"Under a policy that steers all four domains the perplexity of {harmless['texts']} harmless texts is "
+            f"{harmless['ratio']:.4f} times the unguarded one. Of the answers to harmless prompts on which no rule "
+            f"fired {_percent(harmless['identical_where_not_fired'])} are the unguarded ones, token for token.",
         ]
     )
 

@@ -297,6 +297,12 @@ def _streaming_tables(result: Result) -> str:
     return streaming_tables(result)
 
 
+def _steering_tables(result: Result) -> str:
+    from benchmarks.decision_tables import steering_tables
+
+    return steering_tables(result)
+
+
 def _ablation_tables(result: Result) -> str:
     from benchmarks.decision_tables import ablation_tables
 
@@ -312,6 +318,7 @@ def _explanation_tables(result: Result) -> str:
 PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "quality": ("quality.md", "table", quality_tables),
     "streaming": ("quality.md", "streaming", _streaming_tables),
+    "steering": ("quality.md", "steering", _steering_tables),
     "ablation": ("quality.md", "ablation", _ablation_tables),
     "overhead": ("performance.md", "table", overhead_tables),
     "training": ("performance.md", TRAINING, _training_tables),
