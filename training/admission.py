@@ -15,7 +15,8 @@ class AdmissionRules(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     min_corr: float | None = Field(default=0.0, ge=-1, le=1)
-    """Fidelity: the lower bound of the segment-level CorrScore must exceed this, and its null."""
+    """Fidelity: the lower bound of the segment-level CorrScore must exceed this, and its null. Of a direction it is not
+    asked: what it was fitted to says what it is, and a dozen terms do not make up a domain."""
     detection: bool = True
     """Detection: the AUROC of at least one domain must lie outside its null's interval, above or below."""
     max_lookalike_fpr: float | None = Field(default=None, ge=0, le=1)
@@ -27,7 +28,7 @@ class AdmissionRules(BaseModel):
 def refusals(feature: FeatureRecord, rules: AdmissionRules) -> list[str]:
     """The rules that a feature fails, in words; none means that it is admitted."""
     found: list[str] = []
-    if rules.min_corr is not None:
+    if rules.min_corr is not None and not feature.direction:
         score = segment_score(feature.fidelity)
         if score is None:
             found.append("fidelity: the explanation was not scored")

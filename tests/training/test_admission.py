@@ -71,6 +71,13 @@ def test_each_field_alone_refuses_and_no_other_makes_up_for_it(fields: dict[str,
     assert found[0].startswith(f"{rule}: ")
 
 
+def test_a_direction_is_what_it_was_fitted_to_and_is_asked_for_the_rest() -> None:
+    weak = {"direction": "terror", "fidelity": [score(corr_low=0.0)]}
+    assert refusals(feature(**weak), STRICT) == []
+    for fields in ({"scores": {}}, {"causality": None}):
+        assert refusals(feature(**weak, **fields), STRICT) != []
+
+
 def test_a_feature_that_speaks_against_a_domain_detects_too() -> None:
     scores = {"auroc_terror": 0.3, "auroc_terror_low": 0.25, "auroc_terror_high": 0.35, "auroc_terror_null": 0.55}
     assert refusals(feature(domains=[], scores=scores), AdmissionRules()) == []
