@@ -28,6 +28,7 @@ def card_tables(bank: Bank) -> str:
         ["made", f"{manifest.created} by sailguard {manifest.tool_version}"],
         ["size", f"{size / 1e6:.2f} MB"],
         ["features", f"{len(bank.features):,} of {quality['described']:,.0f} that were described"],
+        ["of these directions", f"{sum(bool(feature.direction) for feature in bank.features):,}"],
         ["admitted", f"{quality['admitted']:,.0f} of those described"],
         ["hook points", ", ".join(f"`{name}`" for name in bank.hook_names)],
     ]
