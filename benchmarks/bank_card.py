@@ -48,6 +48,7 @@ def card_tables(bank: Bank) -> str:
         )
     scores = [
         [
+            kind,
             level,
             len(found),
             *(_figure(float(np.quantile([s.corr for s in found], q))) for q in (0.1, 0.5, 0.9)),
@@ -55,8 +56,12 @@ def card_tables(bank: Bank) -> str:
             f"{np.mean([s.corr_low > s.corr_null for s in found]):.1%}",
             int(np.median([s.n for s in found])),
         ]
+        for kind, members in (
+            ("of SAEs", [feature for feature in bank.features if not feature.direction]),
+            ("directions", [feature for feature in bank.features if feature.direction]),
+        )
         for level in ("segment", "token")
-        if (found := _scores(bank.features, level))
+        if (found := _scores(members, level))
     ]
     kinds = Counter(feature.kind for feature in bank.features)
     return "\n\n".join(
@@ -76,7 +81,17 @@ def card_tables(bank: Bank) -> str:
             ),
             "### Explanations on text of the test split: CorrScore",
             markdown(
-                ["level", "features", "10th percentile", "median", "90th", "null, mean", "above null", "units, median"],
+                [
+                    "features",
+                    "level",
+                    "number",
+                    "10th percentile",
+                    "median",
+                    "90th",
+                    "null, mean",
+                    "above null",
+                    "units, median",
+                ],
                 scores,
             ),
             f"{kinds['lexical']:,} features are lexical (the token alone explains most of the activation), "
