@@ -20,6 +20,7 @@ LOST: Mapping[str, str] = {
     "concepts": "features carry no tags there",
     "predicate": "an explanation is text there, nothing that can be run",
     "kind": "there is no place for it",
+    "direction": "there is no place for it: a direction is written as a feature like others",
     "lexicality": "there is no place for it",
     "trigger_tokens": "there is no place for terms; the explanation names them",
     "ngrams": "there is no place for terms; the explanation names them",

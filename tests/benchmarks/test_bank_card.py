@@ -20,15 +20,15 @@ def test_the_card_is_made_from_the_bank() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
 
 
-def test_every_feature_is_explained_scored_above_its_null_and_admitted(bank: Bank) -> None:
+def test_every_feature_is_explained_and_admitted_and_of_the_saes_scored_above_its_null(bank: Bank) -> None:
     for feature in bank.features:
         assert feature.admitted, feature.id
         assert feature.explanation, feature.id
         assert feature.predicate is not None, feature.id
-        assert feature.threshold > 0, feature.id
+        assert (feature.threshold > 0) == (not feature.direction), feature.id
         levels = {score.level: score for score in feature.fidelity}
         assert set(levels) == {"segment", "token"}, feature.id
-        assert levels["segment"].corr_low > levels["segment"].corr_null, feature.id
+        assert feature.direction or levels["segment"].corr_low > levels["segment"].corr_null, feature.id
         assert levels["segment"].n >= 200, feature.id
 
 
@@ -36,6 +36,8 @@ def test_it_is_large_enough_in_every_domain_and_small_enough_to_ship(bank: Bank)
     tagged = Counter(domain for feature in bank.features for domain in feature.domains)
     assert len(bank.features) >= 120
     assert all(tagged[domain] >= 20 for domain in DOMAINS)
+    of_saes = Counter(domain for feature in bank.features if not feature.direction for domain in feature.domains)
+    assert all(of_saes[domain] >= 20 for domain in DOMAINS)
     assert len(bank.hook_names) > 1
     assert sum(path.stat().st_size for path in shipped_bank_path().iterdir()) <= 5_000_000
 
