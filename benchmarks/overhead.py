@@ -292,9 +292,9 @@ class Bench:
             model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return time.perf_counter() - started
 
-    def memory(self, tokens: int) -> dict[str, float]:
-        """MB (10^6 bytes) that this process grows by: "bank" when a bank is loaded, "guard" when it is attached and
-        has watched what the model generated unguarded before, of the largest batch and a whole prompt."""
+    def memory(self, tokens: int) -> float:
+        """MB (10^6 bytes) by which this process grows when a bank is loaded and attached, and has watched what the model
+        generated unguarded before, of the largest batch and a whole prompt."""
 
         def work() -> None:
             self.loaded.model.generate(**self.inputs(len(PROMPTS)), max_new_tokens=tokens, do_sample=False)
@@ -304,12 +304,9 @@ class Bench:
         for _ in range(2):
             work()
         before = _resident_mb()
-        guard = Guard.from_bank(self.bank, policy=self.guard.policy)
-        loaded = _resident_mb()
-        with guard.attach(self.loaded.model, self.loaded.tokenizer):
+        with Guard.from_bank(self.bank, policy=self.guard.policy).attach(self.loaded.model, self.loaded.tokenizer):
             work()
-            after = _resident_mb()
-        return {"bank": loaded - before, "guard": after - loaded}
+            return _resident_mb() - before
 
     def instrumented(self, batch: int, tokens: int) -> dict[str, float]:
         """One guarded `model.generate` with the engine's own time taken apart: seconds by label, and "total"."""
@@ -337,9 +334,9 @@ class Bench:
 def measure(bench: Bench, *, tokens: int, rounds: int, prefills: int) -> tuple[dict[str, Figure], dict[str, Any]]:
     """All figures, each a median, and their spread."""
     figures: dict[str, Figure] = {}
-    detail: dict[str, Any] = {"memory_mb": bench.memory(tokens)}
-    figures["memory_guard"] = Figure(value=round(detail["memory_mb"]["guard"], 1), unit="MB", n=1)
-    print("memory", detail["memory_mb"], flush=True)
+    detail: dict[str, Any] = {}
+    figures["memory"] = Figure(value=round(bench.memory(tokens), 1), unit="MB", n=1)
+    print("memory", figures["memory"], flush=True)
     batches = {"decode_bs1": 1, "decode_bs8": len(PROMPTS)}
     suffixes = {"guarded": "", "again": "_unguarded_again", "torch": "_through_torch"}
     for key in (*batches, "prefill"):

@@ -222,19 +222,17 @@ def overhead_tables(result: Result) -> str:
             markdown(
                 ["", "share of the time", "ms a step or pass", "last token, ms", "ratio, last token included"], apart
             ),
-            *_memory(detail),
+            *_memory(result),
         ]
     )
 
 
-def _memory(detail: dict[str, Any]) -> list[str]:
-    if "memory_mb" not in detail:
+def _memory(result: Result) -> list[str]:
+    if "memory" not in result.figures:
         return []
-    grown = detail["memory_mb"]
     return [
-        f"Memory: the process grows by {grown['bank']:.0f} MB when the bank is loaded and "
-        f"by {grown['guard']:.0f} MB when it "
-        "is attached and has watched a batch of eight and a whole prompt."
+        f"Memory: the process grows by {result.figures['memory'].value:.0f} MB when a bank is loaded and attached, and has "
+        "watched a batch of eight and a whole prompt."
     ]
 
 
