@@ -293,8 +293,8 @@ class Bench:
             return time.perf_counter() - started
 
     def memory(self, tokens: int) -> float:
-        """MB (10^6 bytes) by which this process grows when a bank is loaded and attached, and has watched what the model
-        generated unguarded before, of the largest batch and a whole prompt."""
+        """MB (10^6 bytes) by which this process grows when a bank is loaded and attached, and has watched what the
+        model generated unguarded before, of the largest batch and a whole prompt."""
 
         def work() -> None:
             self.loaded.model.generate(**self.inputs(len(PROMPTS)), max_new_tokens=tokens, do_sample=False)

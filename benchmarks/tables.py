@@ -231,8 +231,8 @@ def _memory(result: Result) -> list[str]:
     if "memory" not in result.figures:
         return []
     return [
-        f"Memory: the process grows by {result.figures['memory'].value:.0f} MB when a bank is loaded and attached, and has "
-        "watched a batch of eight and a whole prompt."
+        f"Memory: the process grows by {result.figures['memory'].value:.0f} MB when a bank is loaded and attached, and "
+        "has watched a batch of eight and a whole prompt."
     ]
 
 
