@@ -76,7 +76,7 @@ def encode_documents(bank: Any, loaded: Any, documents: Sequence[Document]) -> P
     import torch
 
     from feature_bank.layout import render, scored_positions
-    from guard.capture import pad_batch, truncated_forward
+    from guard.capture import length_batches, pad_batch, truncated_forward
     from guard.encoder import SelectedEncoder
 
     encoder = SelectedEncoder(bank, torch.device("cpu"))
@@ -84,12 +84,7 @@ def encode_documents(bank: Any, loaded: Any, documents: Sequence[Document]) -> P
     context = int(model.config.max_position_embeddings)
     rendered = [render(tokenizer, d.text, d.role, max_tokens=context) for d in documents]
     found: dict[int, Any] = {}
-    order = sorted(range(len(documents)), key=lambda i: len(rendered[i].ids))
-    while order:
-        size = 1
-        while size < len(order) and (size + 1) * len(rendered[order[size]].ids) <= BATCH_TOKENS:
-            size += 1
-        batch, order = order[:size], order[size:]
+    for batch in length_batches([len(r.ids) for r in rendered], BATCH_TOKENS):
         ids, mask = pad_batch([rendered[i].ids for i in batch], 0, torch.device("cpu"))
         hidden = truncated_forward(model, encoder.hook_names, ids, mask)
         for row, i in enumerate(batch):

@@ -117,6 +117,18 @@ def skipped_before(model: nn.Module, hook_name: str) -> Iterator[None]:
                 block.forward = own
 
 
+def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """The places of all sequences, the short ones first, in batches of at most `max_tokens` padded (one at least)."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and lengths[place] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
 def pad_batch(
     sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:

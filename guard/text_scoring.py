@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from feature_bank.layout import Rendered, Role, render, scored_positions
-from guard.capture import pad_batch, truncated_forward
+from guard.capture import length_batches, pad_batch, truncated_forward
 from guard.events import SEVERITY, FeatureHit, Phase, TextScore, Trace, TraceToken
 from guard.monitor import Judged, Monitor, sigmoid
 
@@ -61,14 +61,7 @@ class TextScorer:
     def _encoded(self, rendered: Sequence[Rendered]) -> Iterator[tuple[int, Tensor]]:
         """(index, feature activations (n, F)) of every text, in batches of similar length."""
         encoder, device = self._monitor.encoder, self._monitor.device
-        order = sorted(range(len(rendered)), key=lambda i: len(rendered[i].ids))
-        start = 0
-        while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * len(rendered[order[stop]].ids) <= BATCH_TOKENS:
-                stop += 1
-            batch = order[start:stop]
-            start = stop
+        for batch in length_batches([len(r.ids) for r in rendered], BATCH_TOKENS):
             if not rendered[batch[-1]].ids:
                 yield from ((i, torch.zeros(0, encoder.n_features, device=device)) for i in batch)
                 continue

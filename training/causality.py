@@ -7,7 +7,7 @@ taxonomy's train pairs and hard negatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from feature_bank.sae import SAE
 from feature_bank.schema import Causality
 from feature_bank.taxonomy import DOMAINS, Domain
-from guard.capture import Capture, pad_batch, skipped_before
+from guard.capture import Capture, length_batches, pad_batch, skipped_before
 from guard.hook_points import parse_hook_name
 from training.contrast import MAX_TOKENS, ContrastTexts
 from training.corpus import tokenise
@@ -79,21 +79,9 @@ class TextModel:
     def read(self, rows: Sequence[int], change: Change | None = None) -> Float[FloatArray, "n d_model"]:
         """The mean activation over each text's own tokens, in the order of `rows`."""
         found = np.empty((len(rows), self._model.config.hidden_size), dtype=np.float32)
-        for batch in self._batches(rows):
+        for batch in length_batches([len(self._sequences[row].ids) for row in rows], _BATCH_TOKENS):
             found[batch] = self._batch([rows[i] for i in batch], batch, change)
         return found
-
-    def _batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Places in `rows`, the short texts together, a bounded number of tokens a batch."""
-        batch: list[int] = []
-        lengths = [len(self._sequences[row].ids) for row in rows]
-        for i in sorted(range(len(rows)), key=lengths.__getitem__):
-            if batch and lengths[i] * (len(batch) + 1) > _BATCH_TOKENS:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
 
     @torch.inference_mode()
     def _batch(self, rows: list[int], items: list[int], change: Change | None) -> FloatArray:

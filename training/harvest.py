@@ -23,7 +23,7 @@ from torch import Tensor
 
 from feature_bank.errors import DataError
 from feature_bank.identity import weights_digest
-from guard.capture import pad_batch, truncated_forward
+from guard.capture import length_batches, pad_batch, truncated_forward
 from training.cache import (
     FORMAT,
     MANIFEST,
@@ -171,17 +171,6 @@ def harvest(
     return open_harvest(folder)
 
 
-def _batches(members: Sequence[TokenSequence], batch_tokens: int) -> Iterator[Sequence[TokenSequence]]:
-    """Sequences, sorted by length, in batches of at most `batch_tokens` tokens with their padding (one at least)."""
-    start = 0
-    while start < len(members):
-        stop = start + 1
-        while stop < len(members) and (stop + 1 - start) * len(members[stop].ids) <= batch_tokens:
-            stop += 1
-        yield members[start:stop]
-        start = stop
-
-
 def _capture(
     model: Any, members: Sequence[TokenSequence], hook_names: Sequence[str], batch_tokens: int
 ) -> dict[str, Tensor]:
@@ -191,7 +180,9 @@ def _capture(
     kept: dict[str, Tensor] = {}
     lengths = {name: torch.empty(rows, device=device) for name in hook_names}
     start = 0
-    for batch in _batches(members, batch_tokens):
+    # Members come sorted by length, so that a batch is the next ones
+    for places in length_batches([len(s.ids) for s in members], batch_tokens):
+        batch = [members[place] for place in places]
         # No mask: padding stands on the right, where a causal model's earlier positions cannot see it
         ids, _ = pad_batch([s.ids for s in batch], 0, device)
         hidden = truncated_forward(model, hook_names, ids)

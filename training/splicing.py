@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from guard.capture import Capture, pad_batch
+from guard.capture import Capture, length_batches, pad_batch
 from training.corpus import TokenSequence
 
 _CHUNK_ROWS = 128  # rows of logits that are turned to float32 at a time
@@ -59,13 +59,8 @@ class TokenBatch(NamedTuple):
 
 def group_by_length(sequences: Sequence[TokenSequence], *, batch_tokens: int) -> list[list[TokenSequence]]:
     """Sequences of like length together, at most `batch_tokens` positions a group, padding counted."""
-    groups: list[list[TokenSequence]] = []
-    for sequence in sorted(sequences, key=lambda s: (len(s.ids), s.document)):  # so the newest is a group's longest
-        if groups and (len(groups[-1]) + 1) * len(sequence.ids) <= batch_tokens:
-            groups[-1].append(sequence)
-        else:
-            groups.append([sequence])
-    return groups
+    ordered = sorted(sequences, key=lambda s: (len(s.ids), s.document))  # so the newest is a group's longest
+    return [[ordered[i] for i in group] for group in length_batches([len(s.ids) for s in ordered], batch_tokens)]
 
 
 def content_logits(model: Any, batch: TokenBatch) -> Float[Tensor, "rows vocabulary"]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from guard.capture import Capture, pad_batch, truncated_forward
+from guard.capture import Capture, length_batches, pad_batch, truncated_forward
 from guard.errors import GuardError
 from tests.factories import hooks_of
 
@@ -93,3 +93,10 @@ def test_batch_is_padded_on_the_right() -> None:
     ids, mask = pad_batch([[5, 6], [], [7]], 9, torch.device("cpu"))
     assert ids.tolist() == [[5, 6], [9, 9], [7, 9]]
     assert mask.tolist() == [[1, 1], [0, 0], [1, 0]]
+
+
+def test_batches_hold_every_place_once_the_short_ones_first_and_never_more_than_allowed() -> None:
+    lengths = [5, 1, 30, 4, 4, 0, 9]
+    batches = list(length_batches(lengths, 12))
+    assert batches == [[5, 1, 3], [4, 0], [6], [2]]  # the one that is too long alone is still read
+    assert list(length_batches([], 12)) == []
