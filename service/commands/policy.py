@@ -147,4 +147,5 @@ def _then(monitor: Monitor, number: int) -> str:
         "clamp": f"{what} activation is held at {steer.value:g} of its scale",
         "ablate": f"{what} activation is taken out",
     }[steer.op]
-    return f"{rule.target} is steered from the next token on{until}: {how}"
+    where = "from the next token on" if not steer.prompt else "from the next token on, the prompt's own tokens too"
+    return f"{rule.target} is steered {where}{until}: {how}, by at most {steer.limit:g} of a token's norm"

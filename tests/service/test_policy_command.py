@@ -33,12 +33,13 @@ def test_a_policy_is_said_in_words_and_in_figures(tmp_path: Path) -> None:
     policy.write_text(
         "name: mine\nrefusal: STOP\non_error: flag\nrules:\n"
         "- {domain: violence, threshold: {probability: 0.75}, evidence_tokens: 1, action: block, scope: [response]}\n"
-        "- {domain: terror, threshold: {fpr: 0.01}, action: steer, steer: {op: clamp, value: 0.5}}\n"
+        "- {domain: terror, threshold: {fpr: 0.01}, action: steer, steer: {op: clamp, value: 0.5, prompt: true}}\n"
     )
     said = run("explain", policy).stdout
     assert "violence-block: violence stops the generation" in said
     assert "answers as they come: at a probability of 0.750 on 1 token" in said
-    assert "terror is steered from the next token on: the domain's activation is held at 0.5 of its scale" in said
+    assert "terror is steered from the next token on, the prompt's own tokens too: the domain's activation" in said
+    assert "is held at 0.5 of its scale, by at most 1 of a token's norm" in said
     assert "(1 % of the calibration's negatives reach it)" in said
     assert "If the guard itself fails: the generation goes on, and its report is flagged." in said
     assert "A blocked answer ends with: STOP" in said
