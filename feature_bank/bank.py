@@ -156,6 +156,22 @@ class Bank:
                 file=FEATURES,
                 field="hook_name",
             )
+        for hook in self.manifest.hook_points:
+            own = [feature for feature in self.features if feature.hook_name == hook.hook_name]
+            beyond = next((f for f in own if (f.index >= hook.d_sae) != bool(f.direction)), None)
+            if beyond is not None:
+                raise BankError(
+                    f"feature {beyond.id!r} is {'a' if beyond.direction else 'no'} direction, but the SAE has "
+                    f"{hook.d_sae:,} features and only what lies beyond them is one",
+                    file=FEATURES,
+                    field="direction",
+                )
+            if sum(bool(feature.direction) for feature in own) != hook.n_directions:
+                raise BankError(
+                    f"{hook.hook_name} has not the {hook.n_directions} directions that its record counts",
+                    file=MANIFEST,
+                    field="n_directions",
+                )
         if len(self.by_id) != len(self.features):
             raise BankError("two features have the same id", file=FEATURES, field="id")
         for domain, head in self.heads.items():

@@ -190,6 +190,24 @@ def test_features_that_do_not_match_the_weights_are_refused(folder: Path, change
     assert (error.file, error.field) == (FEATURES, field)
 
 
+@pytest.mark.parametrize(
+    ("feature", "hook", "field"),
+    [
+        ({"direction": "terror"}, {}, "direction"),  # a row of the SAE itself
+        ({"index": 128, "id": "L1/128"}, {}, "direction"),  # beyond the SAE's rows, but not said to be a direction
+        ({"index": 128, "id": "L1/128", "direction": "terror"}, {}, "n_directions"),
+        ({}, {"n_directions": 1}, "n_directions"),
+    ],
+)
+def test_directions_are_the_rows_beyond_the_sae_as_many_as_counted(
+    folder: Path, feature: dict[str, Any], hook: dict[str, Any], field: str
+) -> None:
+    edit_feature(folder, 5, lambda f: f.update(feature))
+    if hook:
+        edit_manifest(folder, lambda m: m["hook_points"][0].update(hook))
+    assert refusal(folder).field == field
+
+
 def test_missing_feature_line_is_refused(folder: Path) -> None:
     lines = (folder / FEATURES).read_text().splitlines(keepends=True)
     (folder / FEATURES).write_text("".join(lines[:-1]))
