@@ -6,7 +6,7 @@ python -m benchmarks.bank_card
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from benchmarks.tables import DOCS, markdown, replace_table
 from feature_bank.atomic import atomic_file
 from feature_bank.bank import Bank, shipped_bank_path
 from feature_bank.schema import FeatureRecord, SimulationScore
+from training.causality import selective
 
 PAGE = DOCS / "bank-card.md"
 
@@ -42,6 +43,7 @@ def card_tables(bank: Bank) -> str:
                 len(tagged),
                 *(by_layer[layer] for layer in layers),
                 sum(weight != 0 for weight in head.weights),
+                sum(share > 0 for share in head.steering),
                 len({name for feature in tagged for name in feature.concepts if name.startswith(f"{domain}/")}),
                 _figure(quality.get(f"judge_auroc_{domain}")),
             ]
@@ -56,12 +58,17 @@ def card_tables(bank: Bank) -> str:
             f"{np.mean([s.corr_low > s.corr_null for s in found]):.1%}",
             int(np.median([s.n for s in found])),
         ]
-        for kind, members in (
-            ("of SAEs", [feature for feature in bank.features if not feature.direction]),
-            ("directions", [feature for feature in bank.features if feature.direction]),
-        )
+        for kind, members in _by_kind(bank)
         for level in ("segment", "token")
         if (found := _scores(members, level))
+    ]
+    causal = [
+        [
+            kind,
+            len(measured := [f for f in members if f.causality is not None]),
+            len([f for f in measured if f.causality is not None and any(selective(f.causality, d) for d in f.domains)]),
+        ]
+        for kind, members in _by_kind(bank)
     ]
     kinds = Counter(feature.kind for feature in bank.features)
     return "\n\n".join(
@@ -74,6 +81,7 @@ def card_tables(bank: Bank) -> str:
                     "tagged",
                     *(f"layer {n}" for n in layers),
                     "in its head",
+                    "steer it",
                     "concepts",
                     "AUROC of causal judge",
                 ],
@@ -94,10 +102,17 @@ def card_tables(bank: Bank) -> str:
                 ],
                 scores,
             ),
+            "### Causality: ablation lowers a domain that the feature is tagged with, and no other by more",
+            markdown(["features", "ablated", "selective"], causal),
             f"{kinds['lexical']:,} features are lexical (the token alone explains most of the activation), "
             f"{kinds['conceptual']:,} conceptual.",
         ]
     )
+
+
+def _by_kind(bank: Bank) -> Iterator[tuple[str, list[FeatureRecord]]]:
+    yield "of SAEs", [feature for feature in bank.features if not feature.direction]
+    yield "directions", [feature for feature in bank.features if feature.direction]
 
 
 def _scores(features: Iterable[FeatureRecord], level: str) -> list[SimulationScore]:

@@ -301,7 +301,8 @@ class HeadRecord(Record):
     streaming_thresholds: dict[str, Probability]
     """The same for a response that is judged token by token: over its many prefixes a score peaks higher."""
     steering: list[FiniteFloat]
-    """Per feature: mean activation on the domain's text minus that elsewhere, in units of the activation itself."""
+    """Per feature its share in the domain's mean difference, in units of the activation: sum_f share_f * W_dec[f]
+    leads from text without the domain to text with it. Features above 0 steer the domain."""
     streaming: StreamingHead | None = None
     """None: a response that streams is judged by the same weights."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from feature_bank.bank import Bank
@@ -44,6 +44,14 @@ class SelectedEncoder:
         """Normalised activations of one hook point's features, in the bank's order."""
         pre = torch.addmm(self._bias[name], sae_in.float(), self._weight[name])
         return self._active(pre, self.threshold[self.columns[name]])
+
+    def readings(
+        self, name: str, sae_in: Float[Tensor, "n d_in"], columns: Int[Tensor, " k"]
+    ) -> tuple[Float[Tensor, "d_in k"], Float[Tensor, "n k"]]:
+        """Encoder rows of some of a hook point's features as they were stored, and what they read, in units of the
+        features' scales, below the threshold too."""
+        weight = self._weight[name][:, columns]
+        return weight * self.scale[self.columns[name]][columns], sae_in.float() @ weight + self._bias[name][columns]
 
     def encode(self, sae_ins: Mapping[str, Float[Tensor, "n d_in"]]) -> Float[Tensor, "n n_features"]:
         """Normalised activations of all features, in the bank's order."""

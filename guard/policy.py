@@ -64,9 +64,12 @@ class Threshold(_Section):
 class Steer(_Section):
     """How to steer the features of the rule's domain or concept, or its feature, at every hook point of the bank.
 
-    add: x += strength * sum_f delta_f * W_dec[f], with delta_f the bank's mean activation difference for a domain, and
-    the feature's scale (its 99.9th percentile) for a concept or a feature; a negative strength moves away. clamp: each
-    feature is set to `value` times its scale; ablate: clamp to 0. Clamp and ablate keep the SAE's error term.
+    Of a domain these are the features that move the model's output and make up its mean difference.
+
+    add: x += strength * sum_f delta_f * W_dec[f], with delta_f the feature's share in the mean difference for a domain,
+    and its scale (its 99.9th percentile) for a concept or a feature; a negative strength moves away. clamp: each
+    feature is set to `value` times its scale; ablate: clamp to 0. Clamp and ablate keep the SAE's error term;
+    directions, which overlap, are set together, by the smallest change that does so.
     Whatever the operation, the change of a token's activation at a hook point is at most `limit` times its norm.
     """
 

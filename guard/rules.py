@@ -246,12 +246,14 @@ def _comes_first(blocker: BoundRule, rule: BoundRule) -> bool:
 
 
 def _steerable(bank: Bank, signals: Iterable[BoundSignal]) -> bool:
-    """Whether any of the features has a decoder row: of some published SAEs there are only encoders."""
+    """Whether any of the features to steer has a decoder row: of some published SAEs there are only encoders."""
     place = {feature.id: i for i, feature in enumerate(bank.features)}
     wanted: set[int] = set()
     for signal in signals:
-        wanted.update(signal.columns.tolist())
-        if signal.head is not None:
-            wanted.update(place[feature] for feature in bank.heads[signal.domain].features)
+        if signal.head is None:
+            wanted.update(signal.columns.tolist())
+        else:
+            head = bank.heads[signal.domain]
+            wanted.update(place[f] for f, delta in zip(head.features, head.steering, strict=True) if delta)
     rows = np.concatenate([bank.rows[hook.hook_name].W_dec.any(axis=1) for hook in bank.manifest.hook_points])
     return bool(rows[sorted(wanted)].any())

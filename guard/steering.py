@@ -1,15 +1,23 @@
-"""Changing the residual stream of chosen sequences through the bank's decoder rows."""
+"""Changing the residual stream of chosen sequences through the bank's rows.
+
+An SAE's features add up to the activation, so that each is changed through its own decoder row, the SAE's error term
+kept. Directions are readings x @ w + b that overlap: taking one out moves the others. They are clamped together, by
+the smallest change of the activation that brings all their readings where they belong (least squares, damped).
+"""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from feature_bank.bank import Bank
 from guard.encoder import SelectedEncoder
 from guard.policy import Steer
 from guard.rules import BoundRule
+
+DAMPING = 0.1
+"""Of the least squares over directions of unit length: readings that nearly coincide are not torn apart."""
 
 
 class Steering:
@@ -20,6 +28,10 @@ class Steering:
         self._encoder = encoder
         self._batch = batch
         self._add: dict[str, Float[Tensor, "B d_in"]] = {}
+        self._directions = {
+            name: torch.tensor([bool(feature.direction) for feature in bank.features[columns]], dtype=torch.bool)
+            for name, columns in encoder.columns.items()
+        }
         self._clamped: dict[str, Bool[Tensor, "B n_selected"]] = {}
         self._target: dict[str, Float[Tensor, "B n_selected"]] = {}
         self._limit: Float[Tensor, " B"] = torch.full((batch,), torch.inf, device=encoder.scale.device)
@@ -66,15 +78,16 @@ class Steering:
         self._limit[row] = self._limit[row].clamp_max(steer.limit)
         gains = torch.zeros(self._encoder.n_features)
         chosen = torch.zeros(self._encoder.n_features, dtype=torch.bool)
-        if bound.head is None:
-            gains[bound.columns] = steer.strength * self._encoder.scale.cpu()[bound.columns]
-            chosen[bound.columns] = True
-        else:
-            head = self._bank.heads[bound.domain]
+        for signal in bound.signals:
+            if signal.head is None:
+                gains[signal.columns] = steer.strength * self._encoder.scale.cpu()[signal.columns]
+                chosen[signal.columns] = True
+                continue
+            head = self._bank.heads[signal.domain]
             position = {feature.id: i for i, feature in enumerate(self._bank.features)}
-            for feature, weight, delta in zip(head.features, head.weights, head.steering, strict=True):
+            for feature, delta in zip(head.features, head.steering, strict=True):
                 gains[position[feature]] = steer.strength * delta
-                chosen[position[feature]] = weight > 0
+                chosen[position[feature]] |= delta > 0
         if steer.op == "add":
             self.add(row, gains)
         else:
@@ -92,7 +105,10 @@ class Steering:
             self._add[name][row] += part @ decoder
 
     def clamp(self, row: int, chosen: Bool[Tensor, " F"], value: float) -> None:
-        """Hold the chosen features of one sequence at `value` times their scale, keeping the SAE's error term."""
+        """Hold the chosen features of one sequence at `value` times their scale, keeping the SAE's error term.
+
+        A direction that is held at 0 or below is only ever lowered: where it reads less, it is left.
+        """
         for name, columns in self._encoder.columns.items():
             part = chosen[columns]
             if not bool(part.any()):
@@ -133,14 +149,30 @@ class Steering:
         if name in self._add:
             delta += self._add[name][sequence]
         if name in self._clamped:
-            scale = self._encoder.scale[self._encoder.columns[name]]
-            acts = self._encoder.encode_hook(name, chosen)
-            change = (self._target[name][sequence] - acts) * scale * self._clamped[name][sequence]
-            delta += change @ self._encoder.decoder[name]
+            delta += self._clamping(name, chosen, sequence)
         delta *= self._within(delta, chosen, self._limit[sequence])
         steered = hidden.clone()
         steered[where] = (chosen.float() + delta).to(hidden.dtype)
         return steered
+
+    def _clamping(self, name: str, hidden: Float[Tensor, "n d_in"], sequence: Int[Tensor, " n"]) -> Tensor:
+        """(n, d_in) what clamping adds to the activations of the given sequences."""
+        held, target = self._clamped[name], self._target[name]
+        directions = self._directions[name].to(held.device)
+        scale = self._encoder.scale[self._encoder.columns[name]]
+        acts = self._encoder.encode_hook(name, hidden)
+        change = (target[sequence] - acts) * scale * (held & ~directions)[sequence]
+        delta = change @ self._encoder.decoder[name]
+        together = held & directions
+        for row in together.any(1).nonzero()[:, 0].tolist():
+            here, columns = (sequence == row).nonzero()[:, 0], together[row].nonzero()[:, 0]
+            if len(here):
+                weight, reading = self._encoder.readings(name, hidden[here], columns)
+                aim = target[row, columns]
+                move = torch.where(aim > 0, aim - reading, (aim - reading).clamp_max(0.0)) * scale[columns]
+                gram = weight.T @ weight + DAMPING * torch.eye(len(columns), device=weight.device)
+                delta[here] += torch.linalg.solve(gram, move.T).T @ weight.T
+        return delta
 
     @staticmethod
     def _within(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ def fit_sparse_head(
     )
 
 
-def balanced_weights(y: BoolArray, sources: list[str]) -> FloatArray:
+def balanced_weights(y: BoolArray, sources: Sequence[str]) -> FloatArray:
     """Both classes weigh alike, and within a class every source by the square root of its size; the mean is 1."""
     weight = np.zeros(len(y), dtype=np.float64)
     for side in (True, False):
@@ -117,13 +118,20 @@ def calibrate(scores: FloatArray, y: BoolArray) -> Calibration:
     return Calibration(slope=slope, intercept=float(fitted.intercept_[0]))
 
 
-def thresholds(probabilities: FloatArray, y: BoolArray) -> dict[str, float]:
-    """Per false-positive rate, the least probability that at most this share of the negatives reaches."""
-    negatives = np.sort(probabilities[~y])[::-1]
+def thresholds(probabilities: FloatArray, y: BoolArray, sources: Sequence[str] | None = None) -> dict[str, float]:
+    """Per false-positive rate, the least probability that at most this share of the negatives reaches.
+
+    sources: of every document; those of a class then weigh as in `balanced_weights`. Else a large source of text that
+    nobody would mistake sets a threshold that much of a small, closer one passes.
+    """
+    negatives = probabilities[~y]
+    weight = np.ones(len(y)) if sources is None else balanced_weights(y, sources).astype(np.float64)
+    order = np.argsort(-negatives, kind="stable")
+    share = np.cumsum(weight[~y][order]) / weight[~y].sum()
     found: dict[str, float] = {}
     for rate in FPRS:
-        allowed = int(rate * len(negatives))
-        found[f"{rate:g}"] = float(np.nextafter(negatives[min(allowed, len(negatives) - 1)], np.float32(1.0)))
+        allowed = int(np.searchsorted(share, rate + 1e-9, side="right"))
+        found[f"{rate:g}"] = float(np.nextafter(negatives[order[min(allowed, len(order) - 1)]], np.float32(1.0)))
     return found
 
 

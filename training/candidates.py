@@ -15,7 +15,7 @@ from training.activations import encode_tokens
 from training.contrast import ContrastTexts, inlier_rows
 from training.corpus import Document
 from training.harvest import Harvest
-from training.heads import contrast_rows, fit_heads, mean_difference, steering_features
+from training.heads import contrast_rows, fit_heads, mean_difference
 from training.selected import FeatureKey, Selection, TrainedHook, feature_id
 
 FloatArray = npt.NDArray[np.float32]
@@ -64,8 +64,9 @@ def choose(
     keys = {key for head in fitted.values() for key in head.features}
     for domain in fitted:
         positive, negative = contrast_rows(documents, domain)
-        difference = {name: mean_difference(p, positive, negative) for name, p in pooled.items()}
-        keys.update(steering_features(difference, scales, per_hook=per_steering))
+        for name, matrix in pooled.items():
+            carried = np.abs(mean_difference(matrix, positive, negative) * scales[name])
+            keys.update((name, int(i)) for i in np.argsort(-carried, kind="stable")[:per_steering])
     return sorted(keys)
 
 

@@ -113,10 +113,16 @@ def fit_small_heads(
 def _held_out_auroc(
     head: FittedHead, pooled: Mapping[str, npt.NDArray[np.float16]], documents: Sequence[Document], domain: str
 ) -> float:
-    """NaN, which nothing reaches, if the split has one class only."""
+    """The mean of two: over the project's own pairs, and over all other text, where a source may give a label away.
+
+    Over one of them if the other lacks a class; NaN, which nothing reaches, if both do.
+    """
     rows, y = labels(documents, domain, ("calibration",))
     columns = np.stack([pooled[name][rows, i] for name, i in head.features], axis=1).astype(np.float32)
-    return float(auroc(columns @ head.weights, y)[0])
+    scores = columns @ head.weights
+    own = np.array([documents[row].source == OWN_SOURCE for row in rows], dtype=bool)
+    found = [auroc(scores[part], y[part])[0] for part in (own, ~own) if y[part].any() and not y[part].all()]
+    return float(np.mean(found)) if found else float("nan")
 
 
 def contrast_rows(documents: Sequence[Document], domain: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -148,19 +154,3 @@ def mean_difference(
     """(d_sae,) mean pooled activation with the domain minus without."""
     difference: FloatArray = pooled[positive].astype(np.float32).mean(0) - pooled[negative].astype(np.float32).mean(0)
     return difference
-
-
-def steering_features(
-    difference: Mapping[str, FloatArray],
-    scale: Mapping[str, FloatArray],
-    *,
-    per_hook: int,
-    allowed: Collection[FeatureKey] | None = None,
-) -> list[FeatureKey]:
-    """The features that carry most of the mean difference at each hook point, in the activation's own units."""
-    chosen: list[FeatureKey] = []
-    for hook_name, values in difference.items():
-        order = np.argsort(-np.abs(values * scale[hook_name]), kind="stable")
-        keys = [(hook_name, int(i)) for i in order]
-        chosen += [key for key in keys if allowed is None or key in allowed][:per_hook]
-    return chosen

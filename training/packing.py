@@ -21,6 +21,7 @@ from training.activations import FeatureStats, batch_topk_agreement, cached_pool
 from training.calibration import calibrate, document_scores, probability, thresholds
 from training.candidates import choose, encode, on_contrasts
 from training.corpus import Document
+from training.directions import document_means
 from training.discovery import auroc_interval, labels
 from training.explain.material import MATERIAL_FILE
 from training.explain.segmented import segment_text
@@ -30,11 +31,10 @@ from training.heads import (
     FittedHead,
     contrast_rows,
     fit_small_heads,
-    mean_difference,
-    steering_features,
 )
 from training.records import describe
 from training.selected import FeatureKey, Selection, TrainedHook, feature_id
+from training.steering import steering_features, steering_shares
 from training.streaming import fit_streaming_head
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ def build_bank(
         report,
     )
     by_key = dict(zip(candidates.keys, records, strict=True))
-    admitted = {key for key, record in by_key.items() if record.admitted}
+    admitted = {key: record for key, record in by_key.items() if record.admitted}
     report("admit", 1, 1, f"{len(admitted):,} of {len(keys):,} features admitted")
 
-    fit = fit_guard(pooled, documents, candidates, cache, scales, admitted, preset, report)
+    fit = fit_guard(hooks, pooled, documents, candidates, cache, admitted, preset, report)
     features = guard_records([by_key[key] for key in fit.selection.keys], fit.heads, fit.selection)
     gather_material(
         work / MATERIAL_FILE,
@@ -136,16 +136,16 @@ class Fit(NamedTuple):
 
 
 def fit_guard(
+    hooks: Sequence[TrainedHook],
     pooled: Mapping[str, npt.NDArray[np.float16]],
     documents: Sequence[Document],
     candidates: Selection,
     cache: Harvest,
-    scales: Mapping[str, FloatArray],
-    admitted: Collection[FeatureKey],
+    admitted: Mapping[FeatureKey, FeatureRecord],
     preset: Preset,
     report: Report,
 ) -> Fit:
-    """Fit, calibrate and test the domain heads on the admitted candidates alone."""
+    """Fit, calibrate and test the domain heads on the admitted candidates alone, and find what steers each domain."""
     fitted = fit_small_heads(
         pooled,
         documents,
@@ -156,22 +156,37 @@ def fit_guard(
         allowed=admitted,
     )
     report("heads", 1, 1, f"{len(fitted)} domains")
-    steering: dict[str, dict[FeatureKey, float]] = {}
-    for domain in fitted:
-        positive, negative = contrast_rows(documents, domain)
-        difference = {name: mean_difference(p, positive, negative) for name, p in pooled.items()}
-        chosen = steering_features(difference, scales, per_hook=preset.steering_features, allowed=admitted)
-        steering[domain] = {
-            key: float(difference[key[0]][key[1]] * scales[key[0]][key[1]])
-            for key in [*chosen, *fitted[domain].features]
-        }
-    used = {key for part in steering.values() for key in part}
+    steering = _steering(fitted, hooks, documents, cache, admitted, preset)
+    report("steering", 1, 1, ", ".join(f"{domain}: {len(shares)}" for domain, shares in steering.items()))
+    used = {key for head in fitted.values() for key in head.features} | {
+        key for part in steering.values() for key in part
+    }
     missing = [name for name in pooled if name not in {hook for hook, _ in used}]
     used |= {next(key for key in candidates.keys if key[0] == name) for name in missing}  # a hook point stays
     selection = candidates.subset([key for key in candidates.keys if key in used])
     report("select", 1, 1, f"{len(selection.keys)} features")
     heads, quality = _calibrated(fitted, steering, selection, documents, cache, preset)
     return Fit(heads, selection, quality)
+
+
+def _steering(
+    domains: Collection[str],
+    hooks: Sequence[TrainedHook],
+    documents: Sequence[Document],
+    cache: Harvest,
+    admitted: Mapping[FeatureKey, FeatureRecord],
+    preset: Preset,
+) -> dict[str, dict[FeatureKey, float]]:
+    """By domain, the features that steer it with their shares in the mean difference of its contrast rows."""
+    steering: dict[str, dict[FeatureKey, float]] = {domain: {} for domain in domains}
+    chosen = {domain: steering_features(admitted, domain) for domain in DOMAINS if domain in domains}
+    for hook in hooks:
+        means = document_means(cache.activations(hook.sae.hook_name), cache.documents, len(documents))
+        for domain, features in chosen.items():
+            positive, negative = contrast_rows(documents, domain)
+            difference = means[positive].mean(0) - means[negative].mean(0)
+            steering[domain] |= steering_shares(difference, hook, features, most=preset.steering_features)
+    return steering
 
 
 def guard_records(records: Sequence[FeatureRecord], heads: Heads, selection: Selection) -> list[FeatureRecord]:
@@ -285,16 +300,17 @@ def _calibrated(
             calibration, streaming_calibration = (calibrate(s[rows], y) for s in (scores, streamed))
         except DataError as e:
             raise DataError(f"domain {domain!r}: {e}") from e
-        keys = sorted(steering[domain], key=position.__getitem__)
+        sources = [documents[row].source for row in rows]
+        keys = sorted({*head.features, *steering[domain]}, key=position.__getitem__)
         at = [position[key] for key in keys]
         records[domain] = HeadRecord(
             features=[feature_id(key) for key in keys],
             weights=[round(float(w), 6) for w in dense[at]],
             bias=head.bias,
             calibration=calibration,
-            thresholds=thresholds(probability(scores[rows], calibration), y),
-            streaming_thresholds=thresholds(probability(streamed[rows], streaming_calibration), y),
-            steering=[round(steering[domain][key], 6) for key in keys],
+            thresholds=thresholds(probability(scores[rows], calibration), y, sources),
+            streaming_thresholds=thresholds(probability(streamed[rows], streaming_calibration), y, sources),
+            steering=[round(steering[domain].get(key, 0.0), 6) for key in keys],
             streaming=StreamingHead(
                 weights=[round(float(w), 6) for w in streaming_dense[at]],
                 bias=streaming.bias,

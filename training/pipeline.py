@@ -75,7 +75,7 @@ class Preset(BaseModel):
     """Admitted features a domain that its head uses, at most."""
     head_tolerance: float = Field(default=0.0, ge=0.0, lt=0.5)
     """AUROC on the calibration split that a head with fewer features may cost; 0 keeps all of them."""
-    steering_features: int = Field(default=12, ge=0)
+    steering_features: int = Field(default=16, ge=0)
     """Admitted features a domain and hook point that steering uses, at most."""
     taxonomy: Path | None = None
     """Folder of taxonomy files; the shipped ones if left out."""

@@ -56,7 +56,7 @@ def refit_bank(
     report("reviews", 1, 1, f"{len(bank.features) - len(kept)} of {len(bank.features)} features rejected")
 
     candidates = encode(prepared.hooks, list(kept), prepared.cache, scales)
-    fit = fit_guard(pooled, prepared.documents, candidates, prepared.cache, scales, set(kept), preset, report)
+    fit = fit_guard(prepared.hooks, pooled, prepared.documents, candidates, prepared.cache, kept, preset, report)
     lost = sorted(set(bank.heads) - set(fit.heads.heads))
     if lost:
         raise DataError(f"too few features are left for a head of {', '.join(lost)}; reject fewer, or train a new bank")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +150,96 @@ def test_ablation_takes_the_features_contribution_away(
     torch.testing.assert_close(hidden[0] - steered[0], removed, atol=1e-5, rtol=1e-4)
     remaining = encoder.encode_hook(HOOK, steered[0]) * encoder.scale[encoder.columns[HOOK]]
     assert remaining.max() < 5e-3
+
+
+@pytest.fixture
+def directed(bank: Bank, tmp_path: Path) -> Bank:
+    """The bank with the last three rows of every hook point as directions that overlap."""
+    manifest = bank.manifest.model_dump(exclude={"schema_version", "files", "sha256"})
+    features, renamed, rows = [], {}, {}
+    for i, feature in enumerate(bank.features):
+        index = manifest["hook_points"][0]["d_sae"] + i % PER_HOOK
+        if i % PER_HOOK >= PER_HOOK - 3:
+            update = {"index": index, "id": f"L{feature.layer}/{index}", "direction": f"violence/c{i}", "scale": 0.5}
+            feature = feature.model_copy(update=update)
+        renamed[bank.features[i].id] = feature.id
+        features.append(feature)
+    for hook, part in bank.rows.items():
+        weight, bias, threshold = part.W_enc.copy(), part.b_enc.copy(), part.threshold.copy()
+        weight[:, -3:] += weight[:, -3:].sum(1)[:, None]
+        weight[:, -3:] /= np.linalg.norm(weight[:, -3:], axis=0)
+        bias[-3:], threshold[-3:] = 0.3, 0.0
+        rows[hook] = Rows(W_enc=weight, W_dec=part.W_dec, b_enc=bias, threshold=threshold)
+    for hook in manifest["hook_points"]:
+        hook["n_directions"] = 3
+    canary = manifest["canary"]["activations"]
+    manifest["canary"]["activations"] = {renamed[name]: value for name, value in canary.items()}
+    heads = {
+        d: head.model_copy(update={"features": [renamed[f] for f in head.features]}) for d, head in bank.heads.items()
+    }
+    return save_bank(
+        tmp_path / "directed",
+        manifest=manifest,
+        features=features,
+        heads=Heads(pooling=bank.pooling, heads=heads),
+        rows=rows,
+    )
+
+
+def readings(bank: Bank, hidden: torch.Tensor) -> torch.Tensor:
+    """(n, 3) what the three directions of the first hook point read, in units of their scales."""
+    part = bank.rows[HOOK]
+    scale = torch.tensor([f.scale for f in bank.features[PER_HOOK - 3 : PER_HOOK]])
+    return (hidden @ torch.from_numpy(part.W_enc[:, -3:]) + torch.from_numpy(part.b_enc[-3:])) / scale
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.5])
+def test_directions_that_overlap_are_clamped_together(
+    directed: Bank, hidden: torch.Tensor, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("guard.steering.DAMPING", 1e-6)
+    steering = Steering(directed, SelectedEncoder(directed, torch.device("cpu")), 3)
+    chosen = torch.zeros(F, dtype=torch.bool)
+    chosen[PER_HOOK - 3 : PER_HOOK] = True
+    steering.clamp(1, chosen, value)
+    steered = applied(steering, hidden)
+    assert torch.equal(steered[[0, 2]], hidden[[0, 2]])
+    before, after = readings(directed, hidden[1]), readings(directed, steered[1])
+    expected = torch.full_like(before, value) if value > 0 else before.clamp_max(value)
+    assert (before > value).any()
+    torch.testing.assert_close(after, expected, atol=2e-3, rtol=1e-3)
+    # Nothing moves that the readings do not ask for
+    rows = torch.linalg.qr(torch.from_numpy(directed.rows[HOOK].W_enc[:, -3:])).Q
+    moved = steered[1] - hidden[1]
+    torch.testing.assert_close(moved, moved @ rows @ rows.T, atol=2e-3, rtol=1e-3)
+
+
+def test_directions_that_read_nothing_are_left_bit_for_bit(directed: Bank) -> None:
+    weight = torch.from_numpy(directed.rows[HOOK].W_enc[:, -3:])
+    silent = -10 * weight.sum(1).expand(3, 5, -1).contiguous()
+    steering = Steering(directed, SelectedEncoder(directed, torch.device("cpu")), 3)
+    chosen = torch.zeros(F, dtype=torch.bool)
+    chosen[PER_HOOK - 3 : PER_HOOK] = True
+    steering.clamp(0, chosen, 0.0)
+    assert (readings(directed, silent[0]) < 0).all()
+    assert torch.equal(applied(steering, silent), silent)
+
+
+def test_of_a_domain_those_features_are_clamped_that_steer_it(bank: Bank, encoder: SelectedEncoder) -> None:
+    head = bank.heads["violence"]
+    chosen = torch.tensor(
+        [dict(zip(head.features, head.steering, strict=True)).get(f.id, 0) > 0 for f in bank.features]
+    )
+    assert chosen.any()
+    hidden = torch.randn(3, 5, 32)
+    by_rule, by_hand = Steering(bank, encoder, 3), Steering(bank, encoder, 3)
+    by_rule.steer(1, rule(bank, Steer(op="clamp", value=2.0)))
+    by_hand.clamp(1, chosen, 2.0)
+    for hook in HOOKS:
+        found, expected = by_rule.apply(hook, hidden), by_hand.apply(hook, hidden)
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            assert torch.equal(found, expected)
 
 
 def test_ablating_a_silent_feature_changes_no_bit(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:

@@ -47,6 +47,7 @@ STAGES = (
     "records",
     "admit",
     "heads",
+    "steering",
     "select",
     "material",
     "pack",
