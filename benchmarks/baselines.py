@@ -38,9 +38,22 @@ def measures(labels: Bools, scores: Floats) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def threshold_at(negatives: Floats, fpr: float) -> float:
-    """The least score that at most a share `fpr` of the negatives exceeds."""
-    return float(np.quantile(negatives, 1 - fpr, method="higher")) if len(negatives) else float("inf")
+def threshold_at(negatives: Floats, fpr: float, weight: Floats | None = None) -> float:
+    """The least of the scores that at most a share `fpr` of the negatives exceeds, weighted like the bank's."""
+    if not len(negatives):
+        return float("inf")
+    order = np.argsort(-negatives, kind="stable")
+    share = np.cumsum(np.ones(len(order)) if weight is None else weight[order])
+    allowed = int(np.searchsorted(share / share[-1], fpr + 1e-9, side="right"))
+    return float(negatives[order[min(allowed, len(order) - 1)]])
+
+
+def negatives_weight(rows: Rows, known: Any, labels: Bools) -> Floats:
+    """(negatives,) what each fitting row without the domain counts among the false positives: as in the bank."""
+    from training.calibration import balanced_weights
+
+    weight: Floats = balanced_weights(labels, [rows.fit[i].source for i in known])[~labels]
+    return weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +114,11 @@ class Fitted:
         detected.hits[domain] = self.scores > self.threshold
 
 
-def fit_classifier(classifier: Any, X: Any, labels: Bools, X_new: Any) -> Fitted:
-    """Score `X` by five-fold cross-validation (fixed seed), fit on all of it, score `X_new`."""
+def fit_classifier(classifier: Any, X: Any, labels: Bools, weight: Floats, X_new: Any) -> Fitted:
+    """Score `X` by five-fold cross-validation (fixed seed), fit on all of it, score `X_new`.
+
+    weight: of each negative among the false positives.
+    """
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
@@ -110,7 +126,7 @@ def fit_classifier(classifier: Any, X: Any, labels: Bools, X_new: Any) -> Fitted
     held_out = cross_val_predict(classifier, X, labels, cv=folds, method="decision_function")
     return Fitted(
         cv_auroc=float(roc_auc_score(labels, held_out)),
-        threshold=threshold_at(held_out[~labels], FPR),
+        threshold=threshold_at(held_out[~labels], FPR, weight),
         scores=classifier.fit(X, labels).decision_function(X_new),
     )
 
@@ -133,13 +149,14 @@ def score_probe(rows: Rows, X: Floats, X_new: Floats) -> tuple[Detected, dict[st
     detail: dict[str, Any] = {}
     for domain in DOMAINS:
         known, labels = known_labels(rows.fit, domain)
+        weight = negatives_weight(rows, known, labels)
         dev, truth = rows.select(domain, own=False)
         grid = [(layer, C) for layer in LAYERS for C in REGULARISATION["probe"]]
         progress = Progress(f"probes for {domain}", len(grid))
         found: dict[tuple[int, float], Fitted] = {}
         for number, (layer, C) in enumerate(grid, 1):
             i = LAYERS.index(layer)
-            found[layer, C] = fit_classifier(probe(C), X[known, i], labels, X_new[:, i])
+            found[layer, C] = fit_classifier(probe(C), X[known, i], labels, weight, X_new[:, i])
             progress(number)
         on_dev = {key: measures(truth, fitted.scores[dev]) for key, fitted in found.items()}
         best = {n: max((f.cv_auroc, C) for (layer, C), f in found.items() if layer == n)[1] for n in LAYERS}
@@ -181,9 +198,10 @@ def score_tfidf(rows: Rows) -> tuple[Detected, dict[str, Any]]:
     progress = Progress("TF-IDF", len(DOMAINS))
     for number, domain in enumerate(DOMAINS, 1):
         known, labels = known_labels(rows.fit, domain)
+        weight = negatives_weight(rows, known, labels)
         found = {}
         for C in REGULARISATION["tfidf"]:
-            found[C] = fit_classifier(tfidf_classifier(C), X[known], labels, X_new)
+            found[C] = fit_classifier(tfidf_classifier(C), X[known], labels, weight, X_new)
         chosen = max(found, key=lambda C: found[C].cv_auroc)
         found[chosen].detect(detected, domain)
         detail[domain] = {"C": chosen, "cv_auroc": round(found[chosen].cv_auroc, 4), "terms": X.shape[1]}
@@ -197,8 +215,9 @@ def score_keywords(rows: Rows) -> tuple[Detected, dict[str, Any]]:
     detail: dict[str, Any] = {}
     for domain in DOMAINS:
         known, labels = known_labels(rows.fit, domain)
+        weight = negatives_weight(rows, known, labels)
         counts = np.array([count_keywords(rows.fit[i].text, domain) for i in known], dtype=float)
-        threshold = threshold_at(counts[~labels], FPR)
+        threshold = threshold_at(counts[~labels], FPR, weight)
         detected.scores[domain] = np.array([count_keywords(d.text, domain) for d in rows.evaluated], dtype=float)
         detected.hits[domain] = detected.scores[domain] > threshold
         detail[domain] = {"words": len(KEYWORDS[domain]), "blocks_above": threshold}

@@ -18,7 +18,9 @@ def streaming_tables(result: Result) -> str:
     detail = result.detail
     figures = {name: figure.value for name, figure in result.figures.items()}
     rows = []
-    for part, title in _PARTS.items():
+    short = f"of at most {detail['short_tokens']} tokens"
+    titles = {**_PARTS, **{f"{part}_short": f"{title}, {short}" for part, title in _PARTS.items()}}
+    for part, title in titles.items():
         for domain in DOMAINS:
             about = detail["domains"][domain][part]
             rows.append(
@@ -76,19 +78,22 @@ def steering_tables(result: Result) -> str:
         for name, arm in arms.items():
             base = arms["harmless, unguarded" if name.startswith("harmless") else "unguarded"]["share"]
             change = None if arm["share"] == base or not base else f"{100 * (arm['share'] / base - 1):+.0f} %"
-            figures = (f"{arm['nll']:.2f}", _percent(arm["repeated"]), _percent(arm["steered"]))
-            rows.append([domain, name, _percent(arm["share"]), change, *figures])
+            equal = _percent(arm.get("difference_in_means_at_equal_nll"))
+            figures = (f"{arm['nll']:.2f}", equal, _percent(arm["repeated"]), _percent(arm["steered"]))
+            rows.append([domain, name, int(arm["prompts"]), _percent(arm["share"]), change, *figures])
     harmless, judge = detail["benign"], detail["judge"]
     found = ", ".join(f"{domain} {_percent(share)}" for domain, share in judge["found_on_held_out_rows"].items())
-    heading = ["domain", "how", "found in the domain", "change", "nats a token", "trigrams repeated", "rule fired"]
+    heading = ["domain", "how", "prompts", "found in the domain", "change", "nats a token"]
+    heading += ["difference in means at as many nats", "trigrams repeated", "rule fired"]
     return "\n\n".join(
         [
             f"Bank `{detail['bank']['version']}`, {result.date}. Judge: layer {judge['layer']}; of positives held out "
             f"from its fitting it finds {found}.",
             markdown(heading, rows),
-            f"Under a policy that steers all four domains the perplexity of {harmless['texts']} harmless texts is "
-            f"{harmless['ratio']:.4f} times the unguarded one. Of the answers to harmless prompts on which no rule "
-            f"fired {_percent(harmless['identical_where_not_fired'])} are the unguarded ones, token for token.",
+            f"Under a policy that steers all four domains ({detail['harmless_steer']}) the perplexity of "
+            f"{harmless['texts']} harmless texts is {harmless['ratio']:.4f} times the unguarded one. Of "
+            f"{harmless['prompts']} harmless prompts a rule fires on {_percent(harmless['fired'])}; of the answers to "
+            f"the others {_percent(harmless['identical_where_not_fired'])} are the unguarded ones, token for token.",
         ]
     )
 

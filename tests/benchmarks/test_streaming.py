@@ -83,6 +83,13 @@ def test_delays_are_counted_from_the_spans_first_token() -> None:
     assert about["tokens"] == [8.5, 16.0, 16.5]
 
 
+def test_short_spans_are_counted_by_themselves_and_among_all() -> None:
+    streams = [streaming.Stream("terror", part, [], [0] * 90, 50, n) for part in ("dev", "own") for n in (8, 32, 33)]
+    summary = streaming.summarise(streams, [{"terror": 52}] * 6)
+    spans = {part: summary["terror"][part]["spans"] for part in streaming.PARTS}
+    assert spans == {"dev": 3, "own": 3, "dev_short": 2, "own_short": 2}
+
+
 def test_variants_change_one_thing_each(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> None:
     bank = make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer, fires={"violence": None})
     found = list(ablation.variants(bank))
