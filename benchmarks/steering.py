@@ -25,6 +25,8 @@ from benchmarks.baselines import FIT_TOKENS, LAYERS, pooled
 from benchmarks.results import RESULTS, Figure, write_result
 from benchmarks.rows import Floats, Rows, read_all
 from benchmarks.steering_judge import FPR, LAYER, Judge, harmless_requests, read_answers
+from benchmarks.streaming import CARRIERS
+from feature_bank.errors import DataError
 from feature_bank.taxonomy import DOMAINS
 from training.corpus import OWN_SOURCE, Document
 
@@ -301,8 +303,11 @@ def benign(bench: Bench) -> dict[str, float]:
     texts = [
         d.text
         for own, d in zip(bench.rows.is_own, bench.rows.evaluated, strict=True)
-        if not own and d.source == "dolly" and not d.domains and len(d.text) > 400
-    ][:TEXTS]
+        if not own and d.source in CARRIERS and not d.domains
+    ]
+    texts = [text for text in texts if len(bench.tokenizer(text)["input_ids"]) > TOKENS][:TEXTS]
+    if not texts:
+        raise DataError(f"dev.jsonl.gz has no harmless text of more than {TOKENS} tokens to take a perplexity of")
     plain, under = (bench.perplexity(texts, policy) for policy in (silent, steers))
     return {
         "perplexity": round(plain, 4),
@@ -368,9 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     X = pooled(rows.fit, loaded, options.cache, max_tokens=FIT_TOKENS, name="fit")
     guard = Guard.from_bank(options.bank)
     bench = Bench(loaded, guard, rows, X, options.seed)
-    found = {domain: measure(bench, domain) for domain in DOMAINS}
     harmless = benign(bench)
     print("benign", harmless, flush=True)
+    found = {domain: measure(bench, domain) for domain in DOMAINS}
     detail = {
         "domains": found,
         "benign": harmless,

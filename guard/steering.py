@@ -28,13 +28,14 @@ class Steering:
         self._encoder = encoder
         self._batch = batch
         self._add: dict[str, Float[Tensor, "B d_in"]] = {}
+        device = encoder.scale.device
         self._directions = {
-            name: torch.tensor([bool(feature.direction) for feature in bank.features[columns]], dtype=torch.bool)
-            for name, columns in encoder.columns.items()
+            name: torch.tensor([bool(f.direction) for f in bank.features[part]], dtype=torch.bool, device=device)
+            for name, part in encoder.columns.items()
         }
         self._clamped: dict[str, Bool[Tensor, "B n_selected"]] = {}
         self._target: dict[str, Float[Tensor, "B n_selected"]] = {}
-        self._limit: Float[Tensor, " B"] = torch.full((batch,), torch.inf, device=encoder.scale.device)
+        self._limit: Float[Tensor, " B"] = torch.full((batch,), torch.inf, device=device)
         self._in_force: dict[tuple[int, str, Steer], set[str]] = {}  # the rules that ask for it
         self._bound: dict[str, BoundRule] = {}
         self.on_prompt: set[int] = set()
@@ -158,7 +159,7 @@ class Steering:
     def _clamping(self, name: str, hidden: Float[Tensor, "n d_in"], sequence: Int[Tensor, " n"]) -> Tensor:
         """(n, d_in) what clamping adds to the activations of the given sequences."""
         held, target = self._clamped[name], self._target[name]
-        directions = self._directions[name].to(held.device)
+        directions = self._directions[name]
         scale = self._encoder.scale[self._encoder.columns[name]]
         acts = self._encoder.encode_hook(name, hidden)
         change = (target[sequence] - acts) * scale * (held & ~directions)[sequence]
