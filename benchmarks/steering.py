@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -340,13 +341,18 @@ HARMLESS = (
 )
 
 
+def _slug(name: str) -> str:
+    """An arm's name as a part of a figure's: `clamp to -0.25` is `clamp_to_minus_0_25`."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("-", "minus "))
+
+
 def figures_of(found: dict[str, dict[str, dict[str, float]]], harmless: dict[str, float]) -> dict[str, Figure]:
     """Shares, reductions relative to the unguarded share, and the perplexity of harmless text."""
     figures = {"benign_perplexity": Figure(value=harmless["ratio"], unit="ratio", n=int(harmless["texts"]))}
     for domain, arms in found.items():
         before = arms["unguarded"]["share"]
         for name, arm in arms.items():
-            key = f"{domain}_{name.replace(' ', '_').replace(',', '')}"
+            key = f"{domain}_{_slug(name)}"
             figures[key] = Figure(value=arm["share"], unit="share", n=int(arm["prompts"]))
             if before and not name.startswith(("harmless", "unguarded")):
                 reduction = round(1 - arm["share"] / before, 4)

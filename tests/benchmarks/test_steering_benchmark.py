@@ -128,15 +128,15 @@ def test_equal_fluency_is_read_off_the_line_between_two_strengths() -> None:
 def test_every_figure_names_how_many_were_asked() -> None:
     arms = {
         "unguarded": {"share": 0.5, "prompts": 20},
-        "ablate": {"share": 0.1, "prompts": 20},
+        "clamp to -0.25": {"share": 0.1, "prompts": 20},
         "harmless, unguarded": {"share": 0.0, "prompts": 16},
     }
     figures = steering.figures_of({"violence": arms}, {"ratio": 1.0, "texts": 24})
-    assert figures["violence_ablate_reduction"].value == pytest.approx(0.8)
+    assert figures["violence_clamp_to_minus_0_25_reduction"].value == pytest.approx(0.8)
     assert {name: figure.n for name, figure in figures.items()} == {
         "benign_perplexity": 24,
         "violence_unguarded": 20,
-        "violence_ablate": 20,
-        "violence_ablate_reduction": 20,
+        "violence_clamp_to_minus_0_25": 20,
+        "violence_clamp_to_minus_0_25_reduction": 20,
         "violence_harmless_unguarded": 16,
     }
