@@ -40,18 +40,17 @@ class SelectedEncoder:
         self.threshold = torch.cat(thresholds)
         self.n_features = start
 
-    def encode_hook(self, name: str, sae_in: Float[Tensor, "n d_in"]) -> Float[Tensor, "n n_selected"]:
-        """Normalised activations of one hook point's features, in the bank's order."""
+    def read(
+        self, name: str, sae_in: Float[Tensor, "n d_in"]
+    ) -> tuple[Float[Tensor, "n n_selected"], Float[Tensor, "n n_selected"]]:
+        """What one hook point's features read, in units of their scales, and their activations: the same, cut off at
+        the thresholds."""
         pre = torch.addmm(self._bias[name], sae_in.float(), self._weight[name])
-        return self._active(pre, self.threshold[self.columns[name]])
+        return pre, self._active(pre.clone(), self.threshold[self.columns[name]])
 
-    def readings(
-        self, name: str, sae_in: Float[Tensor, "n d_in"], columns: Int[Tensor, " k"]
-    ) -> tuple[Float[Tensor, "d_in k"], Float[Tensor, "n k"]]:
-        """Encoder rows of some of a hook point's features as they were stored, and what they read, in units of the
-        features' scales, below the threshold too."""
-        weight = self._weight[name][:, columns]
-        return weight * self.scale[self.columns[name]][columns], sae_in.float() @ weight + self._bias[name][columns]
+    def stored(self, name: str, columns: Int[Tensor, " k"]) -> Float[Tensor, "d_in k"]:
+        """Encoder rows of some of a hook point's features as they were stored, not divided by the scales."""
+        return self._weight[name][:, columns] * self.scale[self.columns[name]][columns]
 
     def encode(self, sae_ins: Mapping[str, Float[Tensor, "n d_in"]]) -> Float[Tensor, "n n_features"]:
         """Normalised activations of all features, in the bank's order."""

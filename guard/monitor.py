@@ -84,7 +84,7 @@ class Monitor:
     def begin(self, request_ids: Sequence[str]) -> BatchState:
         """Fresh state for a batch of sequences."""
         return BatchState.create(
-            tuple(request_ids),
+            request_ids,
             window=self.streaming_heads.pooling.window,
             features=self.encoder.n_features,
             domains=len(self.domains),
@@ -193,10 +193,16 @@ class Monitor:
         live: npt.NDArray[np.bool_] | None = None,
     ) -> list[tuple[int, Verdict]]:
         """`observe_hidden` for activations that are encoded already."""
-        rows = None if live is None else np.flatnonzero(live)
-        if rows is not None and not len(rows):
-            return []
-        return self._step(state, rows, *self._evidence(feature_acts))
+        if live is None:
+            return self._step(state, None, *self._evidence(feature_acts))
+        rows = np.flatnonzero(live)
+        return self.observe_rows(state, rows, feature_acts[torch.from_numpy(rows).to(self.device)])
+
+    def observe_rows(
+        self, state: BatchState, rows: npt.NDArray[np.int64], feature_acts: Float[Tensor, "n F"]
+    ) -> list[tuple[int, Verdict]]:
+        """`observe_step` for one token of each of the n sequences in `rows` alone, in that order."""
+        return self._step(state, rows, *self._evidence(feature_acts)) if len(rows) else []
 
     def observe_each(
         self, states: Sequence[BatchState], sae_ins: Mapping[str, Float[Tensor, "n d_in"]]
@@ -223,7 +229,7 @@ class Monitor:
         self,
         state: BatchState,
         rows: npt.NDArray[np.int64] | None,
-        clipped: Float[Tensor, "B F"],
+        clipped: Float[Tensor, "n F"],
         evidence: npt.NDArray[np.float32],
     ) -> list[tuple[int, Verdict]]:
         reached = self._advance(state, rows, clipped, evidence)
@@ -233,11 +239,11 @@ class Monitor:
         self,
         state: BatchState,
         rows: npt.NDArray[np.int64] | None,
-        clipped: Float[Tensor, "B F"],
+        clipped: Float[Tensor, "n F"],
         evidence: npt.NDArray[np.float32],
     ) -> bool:
-        """Take one more token of the sequences `rows`, or of all, into the state, up to the logits. Returns whether any
-        of these is one that a rule counts. native.c does the same.
+        """Take one more token of the n sequences `rows`, or of all, into the state, up to the logits. Returns whether
+        any of these is one that a rule counts. native.c does the same.
         """
         pooling = self.streaming_heads.pooling
         window, least = pooling.window, pooling.min_tokens
@@ -258,14 +264,14 @@ class Monitor:
             state.even = state.even and rows is None
         if np.max(count) == state.logits.shape[1]:
             state.make_room()
-        total = state.evidence[where, count] + evidence[where]
+        total = state.evidence[where, count] + evidence
         logits = (total - state.evidence[where, first]) / divisor + self.streaming_heads.offset
         reached = not (logits < self.streaming_rules.lowest).all()  # which NaN is not
         if reached and np.isnan(logits).any():
             raise GuardError(_NOT_FINITE)
         state.evidence[where, count + 1] = total
         state.logits[where, count] = logits
-        state.recent[here, slot] = clipped[here]
+        state.recent[here, slot] = clipped
         state.count[where] += 1
         return reached
 
@@ -318,15 +324,17 @@ class Monitor:
             return {}
         return {d: sigmoid(float(state.logits[row, count - 1, i])) for i, d in enumerate(self.domains)}
 
-    def finish(self, state: BatchState) -> list[tuple[int, Verdict]]:
-        """At the end of the responses: their best agreed logits, and rules that all counted tokens met, of a response
+    def finish(self, state: BatchState, rows: Sequence[int] | None = None) -> list[tuple[int, Verdict]]:
+        """At the end of the responses in `rows`, or of all: their best agreed logits, and rules that all counted tokens met, of a response
         shorter than their evidence.
 
         Where the average has not settled yet, the last token is the one that counts.
         """
         table, pooling = self.streaming_rules, self.bank.pooling
         verdicts = []
-        for row in np.flatnonzero(state.count > 0).tolist():
+        for row in range(len(state.request_ids)) if rows is None else rows:
+            if state.count[row] == 0:
+                continue
             count = int(state.count[row])
             logits = torch.from_numpy(state.logits[row, :count])
             agreed = agreement(

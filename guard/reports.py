@@ -32,14 +32,15 @@ class OrderedReports(list[SequenceReport]):
 
 def make_reports(monitor: Monitor, state: BatchState) -> list[SequenceReport]:
     """The report of every sequence of a batch, in order."""
-    return [_report(monitor, state, row) for row in range(len(state.request_ids))]
+    return [make_report(monitor, state, row) for row in range(len(state.request_ids))]
 
 
-def _report(monitor: Monitor, state: BatchState, row: int) -> SequenceReport:
+def make_report(monitor: Monitor, state: BatchState, row: int) -> SequenceReport:
+    """The report of the sequence in one row."""
     domains = monitor.domains
     verdicts = tuple(state.verdicts[row])
     actions: list[ActionName] = ["allow", *(verdict.action for verdict in verdicts)]
-    if state.failed and monitor.policy.on_error == "flag":
+    if state.failed[row] and monitor.policy.on_error == "flag":
         actions.append("flag")
     if state.blocked[row]:
         actions.append("block")

@@ -6,6 +6,7 @@ costs a fraction of what one on the model's device does. Only the features' own 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +24,7 @@ ROOM = 256  # tokens a row that a fresh state has room for; it doubles when they
 class BatchState:
     """The state of the B sequences of one generation; row b of every tensor belongs to sequence b."""
 
-    request_ids: tuple[str, ...]
+    request_ids: list[str]
     evidence: npt.NDArray[np.float64]
     """(B, 1 + room, D): sums over the tokens so far of what each adds to the domains' averages, from 0 on."""
     logits: npt.NDArray[np.float64]
@@ -58,13 +59,13 @@ class BatchState:
     """What the compiled step keeps of where all this lies."""
     counting: bool = False
     """Whether any of `runs` may be above 0, or a rule in force may be released."""
-    failed: bool = False
-    """Whether the guard itself failed while these sequences ran."""
+    failed: list[bool] = field(default_factory=list)
+    """Of each sequence, whether the guard itself failed while it ran."""
 
     @classmethod
     def create(
         cls,
-        request_ids: tuple[str, ...],
+        request_ids: Sequence[str],
         *,
         window: int,
         features: int,
@@ -76,7 +77,7 @@ class BatchState:
         batch = len(request_ids)
         low = np.full((batch, domains), -np.inf)
         return cls(
-            request_ids=request_ids,
+            request_ids=list(request_ids),
             evidence=np.zeros((batch, 1 + ROOM, domains)),
             logits=np.zeros((batch, ROOM, domains)),
             recent=torch.zeros(batch, window, features, device=device),
@@ -91,6 +92,7 @@ class BatchState:
             verdicts=[[] for _ in range(batch)],
             blocked=[False] * batch,
             generated=[0] * batch,
+            failed=[False] * batch,
         )
 
     @property
@@ -103,3 +105,28 @@ class BatchState:
         """Double the tokens that the histories have room for."""
         self.evidence = np.concatenate([self.evidence, np.zeros_like(self.logits)], axis=1)
         self.logits = np.concatenate([self.logits, np.zeros_like(self.logits)], axis=1)
+
+    def renew(self, row: int, request_id: str) -> None:
+        """Give a row whose sequence has ended to a new one: nothing of the old one stays."""
+        for array in (self.evidence, self.logits, self.recent, self.count, self.runs, self.rest):
+            array[row] = 0
+        self.latched[row] = self.prompted[row] = False
+        self.best_prompt[row] = self.best_response[row] = -np.inf
+        self.request_ids[row] = request_id
+        self.ended[row] = self.blocked[row] = self.failed[row] = False
+        self.generated[row] = 0
+        self.verdicts[row] = []
+        self.even = False
+
+    def add_rows(self, more: BatchState) -> None:
+        """Take over the rows of another state of the same bank and policy that has seen no token."""
+        self.evidence, self.logits = (
+            np.concatenate([mine, np.zeros((len(theirs), *mine.shape[1:]))])
+            for mine, theirs in ((self.evidence, more.evidence), (self.logits, more.logits))
+        )
+        self.recent = torch.cat([self.recent, more.recent])
+        for name in ("count", "runs", "latched", "prompted", "rest", "best_prompt", "best_response"):
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(more, name)]))
+        for name in ("request_ids", "ended", "verdicts", "blocked", "generated", "failed"):
+            getattr(self, name).extend(getattr(more, name))
+        self.even, self.compiled = False, None

@@ -21,9 +21,13 @@ DAMPING = 0.1
 
 
 class Steering:
-    """The interventions in force on a batch of B sequences. Rows without one are never written to."""
+    """The interventions in force on a batch of B sequences. Rows without one are never written to.
 
-    def __init__(self, bank: Bank, encoder: SelectedEncoder, batch: int) -> None:
+    fixed: all tables lie in one place from the beginning, so that `change` reads them without asking which rows are
+    in use: what a captured graph replays has to.
+    """
+
+    def __init__(self, bank: Bank, encoder: SelectedEncoder, batch: int, *, fixed: bool = False) -> None:
         self._bank = bank
         self._encoder = encoder
         self._batch = batch
@@ -35,11 +39,17 @@ class Steering:
         }
         self._clamped: dict[str, Bool[Tensor, "B n_selected"]] = {}
         self._target: dict[str, Float[Tensor, "B n_selected"]] = {}
+        self._joint: dict[str, dict[int, Float[Tensor, "n_selected d_in"]]] = {}
         self._limit: Float[Tensor, " B"] = torch.full((batch,), torch.inf, device=device)
         self._in_force: dict[tuple[int, str, Steer], set[str]] = {}  # the rules that ask for it
         self._bound: dict[str, BoundRule] = {}
         self.on_prompt: set[int] = set()
         """Sequences of which a rule asks to steer the prompt as well."""
+        if fixed:
+            for name, decoder in encoder.decoder.items():
+                self._add[name] = torch.zeros(batch, decoder.shape[1], device=device)
+                self._hold(name)
+                self._joint[name] = {row: torch.zeros_like(decoder) for row in range(batch)}
 
     @property
     def active(self) -> bool:
@@ -66,13 +76,25 @@ class Steering:
         asking.discard(bound.rule.label)
         if asking or self._in_force.pop(key, None) is None:
             return
-        for tensors in (self._add, self._clamped, self._target):
-            for tensor in tensors.values():
-                tensor[row] = 0
-        self._limit[row] = torch.inf
+        self._clear(row)
         for (other, _, _), labels in self._in_force.items():
             if other == row:
                 self._apply_rule(row, self._bound[next(iter(labels))])
+
+    def clear(self, row: int) -> None:
+        """Let go of everything that is in force on one sequence."""
+        self._clear(row)
+        self._in_force = {key: labels for key, labels in self._in_force.items() if key[0] != row}
+        self.on_prompt.discard(row)
+
+    def _clear(self, row: int) -> None:
+        for tensors in (self._add, self._clamped, self._target):
+            for tensor in tensors.values():
+                tensor[row] = 0
+        for joint in self._joint.values():
+            if row in joint:
+                joint[row].zero_()
+        self._limit[row] = torch.inf
 
     def _apply_rule(self, row: int, bound: BoundRule) -> None:
         steer = bound.rule.steer
@@ -115,12 +137,29 @@ class Steering:
             if not bool(part.any()):
                 continue
             if name not in self._clamped:
-                shape = (self._batch, part.shape[0])
-                device = self._encoder.decoder[name].device
-                self._clamped[name] = torch.zeros(shape, dtype=torch.bool, device=device)
-                self._target[name] = torch.zeros(shape, device=device)
+                self._hold(name)
             self._clamped[name][row] |= part.to(self._clamped[name].device)
             self._target[name][row] = torch.where(part.to(self._target[name].device), value, self._target[name][row])
+            self._join(name, row)
+
+    def _hold(self, name: str) -> None:
+        decoder = self._encoder.decoder[name]
+        shape = (self._batch, decoder.shape[0])
+        self._clamped[name] = torch.zeros(shape, dtype=torch.bool, device=decoder.device)
+        self._target[name] = torch.zeros(shape, device=decoder.device)
+        self._joint[name] = {}
+
+    def _join(self, name: str, row: int) -> None:
+        """Solve for what moves the readings of a sequence's clamped directions: (n_selected, d_in), one row for a
+        reading moved by 1."""
+        columns = (self._clamped[name][row] & self._directions[name]).nonzero()[:, 0]
+        if not len(columns):
+            return
+        weight = self._encoder.stored(name, columns)
+        gram = weight.T @ weight + DAMPING * torch.eye(len(columns), device=weight.device)
+        solved = torch.linalg.solve(gram, weight.T)
+        joint = self._joint[name].setdefault(row, torch.zeros_like(self._encoder.decoder[name]))
+        joint[columns] = solved
 
     def apply(
         self,
@@ -146,33 +185,33 @@ class Steering:
             return None
         sequence = where.nonzero()[:, 0]
         chosen = hidden[where]
-        delta = torch.zeros_like(chosen, dtype=torch.float32)
+        steered = hidden.clone()
+        steered[where] = (chosen.float() + self.change(name, chosen, sequence)).to(hidden.dtype)
+        return steered
+
+    def change(
+        self, name: str, hidden: Float[Tensor, "n d_in"], sequence: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_in"]:
+        """What is added to n activations of one hook point, each of the given sequence."""
+        delta = torch.zeros_like(hidden, dtype=torch.float32)
         if name in self._add:
             delta += self._add[name][sequence]
         if name in self._clamped:
-            delta += self._clamping(name, chosen, sequence)
-        delta *= self._within(delta, chosen, self._limit[sequence])
-        steered = hidden.clone()
-        steered[where] = (chosen.float() + delta).to(hidden.dtype)
-        return steered
+            delta += self._clamping(name, hidden, sequence)
+        return delta * self._within(delta, hidden, self._limit[sequence])
 
     def _clamping(self, name: str, hidden: Float[Tensor, "n d_in"], sequence: Int[Tensor, " n"]) -> Tensor:
         """(n, d_in) what clamping adds to the activations of the given sequences."""
-        held, target = self._clamped[name], self._target[name]
+        held, target = self._clamped[name][sequence], self._target[name][sequence]
         directions = self._directions[name]
         scale = self._encoder.scale[self._encoder.columns[name]]
-        acts = self._encoder.encode_hook(name, hidden)
-        change = (target[sequence] - acts) * scale * (held & ~directions)[sequence]
-        delta = change @ self._encoder.decoder[name]
-        together = held & directions
-        for row in together.any(1).nonzero()[:, 0].tolist():
-            here, columns = (sequence == row).nonzero()[:, 0], together[row].nonzero()[:, 0]
-            if len(here):
-                weight, reading = self._encoder.readings(name, hidden[here], columns)
-                aim = target[row, columns]
-                move = torch.where(aim > 0, aim - reading, (aim - reading).clamp_max(0.0)) * scale[columns]
-                gram = weight.T @ weight + DAMPING * torch.eye(len(columns), device=weight.device)
-                delta[here] += torch.linalg.solve(gram, move.T).T @ weight.T
+        readings, acts = self._encoder.read(name, hidden)
+        delta = ((target - acts) * scale * (held & ~directions)) @ self._encoder.decoder[name]
+        if self._joint[name]:
+            below = torch.where(target > 0, target - readings, (target - readings).clamp_max(0.0))
+            move = below * scale * (held & directions)
+            for row, joint in self._joint[name].items():
+                delta += (move * (sequence == row)[:, None]) @ joint
         return delta
 
     @staticmethod

@@ -197,15 +197,15 @@ class ContinuousBatching:
             state.generated[0] = sum(token not in self._judging.special for token in answer)
             for _, verdict in self._monitor.finish(state):
                 self._judging.metrics.count_verdict(verdict)
-            if state.generated != state.observed and not state.failed:
+            if state.generated != state.observed and not state.failed[0]:
                 raise GuardError(f"{state.generated[0]} tokens were generated but {state.observed[0]} were observed")
         except Exception as e:  # noqa: BLE001  # whatever it is, the policy says what follows from it
             self._fail(e, [request])
             kept, ended = (0, False) if request.blocked else (kept, ended)
         del self._requests[request.request_id]
         (report,) = reports = make_reports(self._monitor, state)
-        if len(request.ids) >= len(request.prompt) or state.failed:  # else it left before anything was judged
-            count_reports(self._judging.metrics, reports, failed=state.failed)
+        if len(request.ids) >= len(request.prompt) or state.failed[0]:  # else it left before anything was judged
+            count_reports(self._judging.metrics, reports, failed=state.failed[0])
         self.reports.put(request.number, report)
         within = request.limit is None or kept < request.limit
         return kept + 1 if ended and within else kept

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from feature_bank.layout import layout, template_segments
@@ -46,14 +46,24 @@ class Judging:
 
         Raises GuardError if the activations are not numbers.
         """
-        placed = layout(ids, self.special, self._template)
-        device = self.monitor.device
-        observed = torch.from_numpy(placed.observed).to(device)
-        segment = torch.from_numpy(placed.segment).to(device)[observed]
+        observed, segment = self._place(ids)
         positions = observed.nonzero().flatten()
         at = positions if where is None else where[observed]
         acts = self.monitor.encoder.encode({name: x[at] for name, x in hidden.items()})
         return self.monitor.observe_prompt(state, row, acts, segment, positions)
+
+    def judge_prompt_acts(
+        self, state: BatchState, row: int, ids: Sequence[int], feature_acts: Float[Tensor, "m F"]
+    ) -> list[Verdict]:
+        """`judge_prompt` for activations that are encoded already, one row for each of the m tokens."""
+        observed, segment = self._place(ids)
+        return self.monitor.observe_prompt(state, row, feature_acts[observed], segment, observed.nonzero().flatten())
+
+    def _place(self, ids: Sequence[int]) -> tuple[Bool[Tensor, " m"], Int[Tensor, " k"]]:
+        """Which of the tokens are text to be judged, and the segment that each of these belongs to."""
+        placed = layout(ids, self.special, self._template)
+        observed = torch.from_numpy(placed.observed).to(self.monitor.device)
+        return observed, torch.from_numpy(placed.segment).to(self.monitor.device)[observed]
 
     def fail(self, error: Exception, states: Iterable[BatchState]) -> None:
         """An internal error while the sequences of `states` ran: counted, logged, and by default all of them stop."""
@@ -62,6 +72,6 @@ class Judging:
         self.errors.append(f"{type(error).__name__}: {error}")
         logger.error("guard failed (%s), on_error=%s", self.errors[-1], on_error, exc_info=error)
         for state in states:
-            state.failed = True
+            state.failed = [True] * len(state.failed)
             if on_error == "block":
                 state.blocked = [True] * len(state.blocked)

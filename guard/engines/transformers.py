@@ -388,15 +388,15 @@ class TransformersEngine:
         for row, ids in enumerate(generated.tolist()):
             ended = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))
             state.generated[row] = sum(token not in self._special for token in ids[:ended])
-        if any(g > o for g, o in zip(state.generated, state.observed, strict=True)) and not state.failed:
+        if any(g > o for g, o in zip(state.generated, state.observed, strict=True)) and not any(state.failed):
             self._read_last(generated[:, -1:].to(self.monitor.device))
         for row, verdict in self.monitor.finish(state):
             self._act([(row, verdict)])
         for generated_here, observed in zip(state.generated, state.observed, strict=True):
-            if generated_here != observed and not state.failed:
+            if generated_here != observed and not any(state.failed):
                 self._failed(GuardError(f"{generated_here} tokens were generated but {observed} were observed"))
         self.reports = make_reports(self.monitor, state)
-        count_reports(self.metrics, self.reports, failed=state.failed)
+        count_reports(self.metrics, self.reports, failed=any(state.failed))
 
     def _read_last(self, last: Tensor) -> None:
         """Run the model over the last token of each row, up to the last hook point."""

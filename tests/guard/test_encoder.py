@@ -72,7 +72,7 @@ def test_selected_rows_agree_with_the_whole_sae(
         assert 0.05 < (whole > 0).float().mean() < 0.95
         assert torch.equal((mine > 0)[clear], (whole > 0)[clear])
         assert ((mine - whole).abs() <= tolerance)[clear].all()
-        assert torch.equal(encoder.encode_hook(hook, hidden[hook]), found[:, columns])
+        assert torch.equal(encoder.read(hook, hidden[hook])[1], found[:, columns])
 
 
 def test_columns_are_the_banks_features_in_order(pair: tuple[Bank, Any, Any]) -> None:

@@ -126,7 +126,7 @@ def test_clamp_sets_the_activation_and_keeps_the_rest(
     steering = Steering(bank, encoder, 3)
     steering.clamp(1, one(4), value)
     steered = applied(steering, hidden)
-    before, after = encoder.encode_hook(HOOK, hidden[1]), encoder.encode_hook(HOOK, steered[1])
+    before, after = encoder.read(HOOK, hidden[1])[1], encoder.read(HOOK, steered[1])[1]
     # A silent feature's pre-activation is not known to be 0: what is added is the difference to its activation
     active = before[:, 4] > 0
     assert active.any()
@@ -144,11 +144,11 @@ def test_ablation_takes_the_features_contribution_away(
     steering = Steering(bank, encoder, 3)
     steering.clamp(0, torch.ones(F, dtype=torch.bool), 0.0)
     steered = applied(steering, hidden)
-    before = encoder.encode_hook(HOOK, hidden[0])
+    before = encoder.read(HOOK, hidden[0])[1]
     removed = (before * encoder.scale[encoder.columns[HOOK]]) @ encoder.decoder[HOOK]
     assert (before > 0).any()
     torch.testing.assert_close(hidden[0] - steered[0], removed, atol=1e-5, rtol=1e-4)
-    remaining = encoder.encode_hook(HOOK, steered[0]) * encoder.scale[encoder.columns[HOOK]]
+    remaining = encoder.read(HOOK, steered[0])[1] * encoder.scale[encoder.columns[HOOK]]
     assert remaining.max() < 5e-3
 
 
@@ -245,7 +245,7 @@ def test_of_a_domain_those_features_are_clamped_that_steer_it(bank: Bank, encode
 def test_ablating_a_silent_feature_changes_no_bit(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:
     steering = Steering(bank, encoder, 3)
     steering.clamp(0, one(2), 0.0)
-    silent = encoder.encode_hook(HOOK, hidden[0])[:, 2] == 0
+    silent = encoder.read(HOOK, hidden[0])[1][:, 2] == 0
     assert silent.any()
     assert torch.equal(applied(steering, hidden)[0, silent], hidden[0, silent])
 
