@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from feature_bank.bank import Bank
 from feature_bank.layout import layout, render
@@ -28,8 +30,12 @@ def canary_activations(encoder: SelectedEncoder, model: Any, tokenizer: Any, tex
 
 def check_canary(bank: Bank, encoder: SelectedEncoder, model: Any, tokenizer: Any) -> None:
     """Raise CanaryError if the hooks do not fire or the activations are not the recorded ones."""
+    check_acts(bank, canary_activations(encoder, model, tokenizer, bank.manifest.canary.text))
+
+
+def check_acts(bank: Bank, found: Float[Tensor, " F"]) -> None:
+    """Raise CanaryError if the canary's mean activations are not the recorded ones."""
     canary = bank.manifest.canary
-    found = canary_activations(encoder, model, tokenizer, canary.text)
     position = {feature.id: i for i, feature in enumerate(bank.features)}
     recorded = torch.tensor(list(canary.activations.values()))
     measured = found[[position[feature] for feature in canary.activations]]

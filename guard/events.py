@@ -52,6 +52,11 @@ class Verdict(_Record):
     bank_version: str
     policy_version: str
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
+        """The record that `to_dict` made this of."""
+        return cls(**{**data, "features": tuple(FeatureHit(**hit) for hit in data["features"])})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamEvent(_Record):
@@ -79,6 +84,11 @@ class SequenceReport(_Record):
     tokens_generated: int
     tokens_observed: int
     """Generated tokens whose activations were judged; equal to `tokens_generated` unless a token ended the sequence."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SequenceReport:
+        """The record that `to_dict` made this of."""
+        return cls(**{**data, "verdicts": tuple(map(Verdict.from_dict, data["verdicts"]))})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -325,8 +325,8 @@ class Monitor:
         return {d: sigmoid(float(state.logits[row, count - 1, i])) for i, d in enumerate(self.domains)}
 
     def finish(self, state: BatchState, rows: Sequence[int] | None = None) -> list[tuple[int, Verdict]]:
-        """At the end of the responses in `rows`, or of all: their best agreed logits, and rules that all counted tokens met, of a response
-        shorter than their evidence.
+        """At the end of the responses in `rows`, or of all: their best agreed logits, and rules that all counted tokens
+        met, of a response shorter than their evidence.
 
         Where the average has not settled yet, the last token is the one that counts.
         """

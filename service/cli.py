@@ -60,7 +60,7 @@ def build_app() -> typer.Typer:
     app.add_typer(policy.build_app(), name="policy")
     app.add_typer(sae.build_app(), name="sae")
     app.add_typer(taxonomy.build_app(), name="taxonomy")
-    app.command()(serve.serve)
+    app.command(context_settings={"allow_extra_args": True})(serve.serve)
     return app
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from guard.events import SequenceReport, TextScore
 
 __all__ = [
+    "ACTION_HEADER",
     "MODEL_ALIAS",
     "ChatRequest",
     "ModerationRequest",
@@ -27,6 +28,9 @@ __all__ = [
     "strongest",
     "usage",
 ]
+
+ACTION_HEADER = "X-Sailguard-Action"
+"""Response header with the strongest action taken on any choice."""
 
 MODEL_ALIAS = "sailguard"
 """Model name that every server accepts beside the id of the model it serves."""

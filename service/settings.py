@@ -62,6 +62,10 @@ class Settings(BaseSettings):
             )
 
     def key_ring(self) -> KeyRing:
+        """Return the accepted keys' digests. Raises as `keys` does."""
+        return KeyRing(self.keys())
+
+    def keys(self) -> list[str]:
         """Return the accepted keys. Raises `SettingsError` if the key file cannot be read or holds none."""
         keys = self.api_keys.get_secret_value().split(",")
         if self.api_keys_file is not None:
@@ -77,14 +81,14 @@ class Settings(BaseSettings):
                     f"setting 'api_keys_file': {str(self.api_keys_file)!r} holds no key: write one a line"
                 )
             keys += found
-        return KeyRing(keys)
+        return [key.strip() for key in keys if key.strip()]
 
 
 class KeyRing:
     """The accepted API keys, kept as sha256 digests; false when there are none."""
 
     def __init__(self, keys: list[str]) -> None:
-        self._digests = tuple({_digest(key.strip().encode()) for key in keys if key.strip()})
+        self._digests = tuple({_digest(key.encode()) for key in keys})
 
     def __len__(self) -> int:
         return len(self._digests)

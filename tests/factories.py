@@ -30,13 +30,13 @@ POOLING = Pooling(window=8, min_tokens=2, ceiling=4.0, evidence_tokens=3)
 ALWAYS, NEVER = 40.0, -40.0
 
 
-def make_tiny_model() -> LlamaForCausalLM:
-    """A Llama of 4 layers and width 32 with seeded random weights, in float32, ready to be read."""
+def make_tiny_model(hidden_size: int = 32) -> LlamaForCausalLM:
+    """A Llama of 4 layers, by default of width 32, with seeded random weights, in float32, ready to be read."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=260,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,18 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 
+class EngineName(StrEnum):
+    """What runs the model."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
 def serve(
+    context: typer.Context,
+    engine: Annotated[
+        EngineName, typer.Option("--engine", help="What runs the model: transformers in this process, or vLLM.")
+    ] = EngineName.TRANSFORMERS,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on. Default: 127.0.0.1")] = None,
     port: Annotated[
         int | None, typer.Option("--port", min=0, max=65535, help="0 picks a free one. Default: 8801")
@@ -30,12 +42,21 @@ def serve(
 
     What is not given here is taken from the environment, SAILGUARD_HOST and so on. An address that other
     machines can reach needs API keys: SAILGUARD_API_KEYS or SAILGUARD_API_KEYS_FILE.
+
+    With --engine vllm what stands after -- goes to vLLM: sailguard serve --engine vllm -- --tensor-parallel-size 2
     """
+    if context.args and engine is not EngineName.VLLM:
+        raise typer.BadParameter(f"unexpected: {' '.join(context.args)}; only --engine vllm takes further arguments")
     from service.settings import Settings
 
     given: dict[str, Any] = {"host": host, "port": port, "model": model, "bank": bank, "policy": policy}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     _check_files(settings.bank, settings.policy)
+    if engine is EngineName.VLLM:
+        from service.vllm_server import serve_vllm
+
+        serve_vllm(settings, context.args)
+        return
     with _listen(settings) as listener:
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address

@@ -24,7 +24,7 @@ from service.errors import (
 )
 from service.middleware import JsonRoute, Record
 from service.runner import Job, Services
-from service.schemas import MODEL_ALIAS, ChatRequest, guard_block, strongest, usage
+from service.schemas import ACTION_HEADER, MODEL_ALIAS, ChatRequest, guard_block, strongest, usage
 
 if TYPE_CHECKING:
     from guard.events import SequenceReport
@@ -34,7 +34,6 @@ __all__ = ["router"]
 
 router = APIRouter(route_class=JsonRoute)
 
-ACTION_HEADER = "X-Sailguard-Action"
 
 _SMALLEST_TOP_P = 1e-6
 
