@@ -373,7 +373,7 @@ class _GuardedWorker:
         request = np.repeat(np.arange(len(lengths)), lengths)
         position = np.arange(int(batch.edges[-1])) + np.repeat(batch.first - batch.edges[:-1], lengths)
         slots = tables[request, position // size].astype(np.int64) * size + position % size
-        return Slots(torch.from_numpy(slots), tables, size)
+        return Slots(slots, tables, size)
 
     def _acts_cache(self) -> ActsCache | None:
         """Relies on: `kv_cache_config.num_blocks` and its one group's `block_size`."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,6 +22,7 @@ from guard.engines.judging import Judging
 from guard.engines.vllm.programs import Batch, RuleKey
 from guard.errors import GuardError
 from guard.events import Verdict
+from guard.native import MAX_BATCH
 from guard.reports import make_report
 from guard.state import BatchState
 
@@ -36,6 +38,8 @@ class Lane:
         self.monitor = judging.monitor
         self.state: BatchState = self.monitor.begin([""] * _FIRST_ROWS)
         self._free = list(range(_FIRST_ROWS))
+        self.hold = self.monitor.hold_tokens
+        self._inputs: dict[str, Tensor] = {}  # of the compiled call; filled through NumPy, which asks less of so little
 
     def join(self, request_id: str) -> int:
         """A row for a request, as new."""
@@ -50,6 +54,26 @@ class Lane:
     def leave(self, row: int) -> None:
         """Take the row back."""
         self._free.append(row)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a decoding step of its requests is one compiled call."""
+        return self.monitor.compiled and len(self.state.request_ids) <= MAX_BATCH
+
+    def step(
+        self, rows: Sequence[int], seen: Mapping[str, Float[Tensor, "n d_in"]]
+    ) -> tuple[list[tuple[int, Verdict]], Float[Tensor, "n F"]]:
+        """Judge one token of the answers in `rows` by the compiled call. Returns what fired, and the activations."""
+        batch = len(self.state.request_ids)
+        live = np.zeros(batch, dtype=np.bool_)
+        live[rows] = True
+        for name, x in seen.items():
+            if name not in self._inputs or len(self._inputs[name]) != batch:
+                self._inputs[name] = torch.zeros(batch, 1, x.shape[1])
+            self._inputs[name].numpy()[rows, 0] = x.float().numpy()
+        fired = self.monitor.observe_hidden(self.state, self._inputs, live)
+        slots = (self.state.count[rows] - 1) % self.monitor.streaming_heads.pooling.window
+        return fired, torch.from_numpy(self.state.recent.numpy()[rows, slots])
 
 
 @dataclass(kw_only=True)
@@ -197,7 +221,7 @@ class Watch:
             request = self._requests.get(request_id)
             if request is not None:
                 judged = max(request.judged, 0)
-                self._news.release[request_id] = judged if judged >= request.lane.monitor.hold_tokens else 0
+                self._news.release[request_id] = judged if judged >= request.lane.hold else 0
         self._news.seconds += time.perf_counter() - started
 
     def missed(self, error: Exception, batch: Batch, slots: Slots | None) -> None:
@@ -208,6 +232,8 @@ class Watch:
 
     def _observe(self, batch: Batch, seen: Mapping[str, Float[Tensor, "T d_in"]], slots: Slots | None) -> None:
         self._kept = False
+        if self._decode(batch, seen, slots):
+            return
         acts = self._encoder.encode(seen)
         if self._cache is not None and slots is not None:
             self._cache.write(slots.rows, acts)
@@ -237,6 +263,27 @@ class Watch:
                 answers.setdefault(id(request.lane), []).append(_Answer(request, rows.start))
         for group in answers.values():
             self._judge_answers(group, acts)
+
+    def _decode(self, batch: Batch, seen: Mapping[str, Float[Tensor, "T d_in"]], slots: Slots | None) -> bool:
+        """The usual pass, in which every request reads the last token of its answer: one compiled call, where there is
+        one. Returns whether it was such a pass."""
+        requests = [self._requests[name] for name in batch.request_ids if name in self._requests]
+        lane = requests[0].lane if len(requests) == len(batch.request_ids) == len(batch.ids) else None
+        if lane is None or not lane.compiled:
+            return False
+        for request, first, token in zip(requests, batch.first.tolist(), batch.ids.tolist(), strict=True):
+            usual = request.lane is lane and request.read == first >= len(request.prompt) and request.report is None
+            if not usual or token in lane.judging.special:
+                return False
+        for request in requests:
+            request.read += 1
+        self.read_tokens += len(requests)
+        fired, acts = lane.step([request.row for request in requests], seen)
+        if self._cache is not None and slots is not None:
+            self._cache.write(slots.rows, acts)
+            self._kept = True
+        self._act_on(lane, requests, fired)
+        return True
 
     def _advance(self, request: _Request, i: int, batch: Batch, slots: Slots | None) -> tuple[slice, bool] | None:
         """Take note of what a pass reads of one request. Returns the rows that are read for the first time and whether
@@ -280,12 +327,13 @@ class Watch:
         rows = np.array([answer.request.row for answer in group])
         at = [answer.row for answer in group]
         chosen = acts if at == list(range(len(acts))) else acts[torch.tensor(at, device=acts.device)]
-        fired: dict[int, list[Verdict]] = {}
-        for row, verdict in lane.monitor.observe_rows(lane.state, rows, chosen):
-            fired.setdefault(row, []).append(verdict)
+        fired = lane.monitor.observe_rows(lane.state, rows, chosen)
+        self._act_on(lane, [answer.request for answer in group], fired)
+
+    def _act_on(self, lane: Lane, requests: Sequence[_Request], fired: Sequence[tuple[int, Verdict]]) -> None:
         if fired or lane.state.released:
-            for answer in group:
-                self._act(answer.request, fired.get(answer.request.row, ()))
+            for request in requests:
+                self._act(request, [verdict for row, verdict in fired if row == request.row])
             lane.state.released.clear()
 
     def _act(self, request: _Request, verdicts: Sequence[Verdict]) -> None:
@@ -338,17 +386,18 @@ class Slots(NamedTuple):
     """Where the engine's cache keeps tokens: a token's slot is its block's number times the block's size and its place
     in the block."""
 
-    rows: Tensor
+    rows: npt.NDArray[np.int64]
     """(T,): the slot of every row of a pass."""
     tables: Any
     """(n, most blocks): of each request in the pass, its blocks in order."""
     block_size: int
 
-    def of(self, i: int, first: int, stop: int) -> Tensor:
+    def of(self, i: int, first: int, stop: int) -> npt.NDArray[np.int64]:
         """The slots of the positions from `first` to `stop` - 1 of the pass's i-th request."""
         positions = np.arange(first, stop)
         blocks = np.asarray(self.tables[i])[positions // self.block_size].astype(np.int64)
-        return torch.from_numpy(blocks * self.block_size + positions % self.block_size)
+        found: npt.NDArray[np.int64] = blocks * self.block_size + positions % self.block_size
+        return found
 
 
 class ActsCache:
@@ -360,20 +409,20 @@ class ActsCache:
     """
 
     def __init__(self, slots: int, features: int) -> None:
-        self._acts = torch.empty(slots, features)
-        self._known = torch.zeros(slots, dtype=torch.bool)
+        self._acts = np.empty((slots, features), dtype=np.float32)
+        self._known = np.zeros(slots, dtype=np.bool_)
 
-    def write(self, slots: Tensor, acts: Float[Tensor, "n F"]) -> None:
+    def write(self, slots: npt.NDArray[np.int64], acts: Float[Tensor, "n F"]) -> None:
         """Keep the activations of the tokens in these slots."""
-        self._acts[slots] = acts.to(self._acts.device)
+        self._acts[slots] = acts.cpu().numpy()
         self._known[slots] = True
 
-    def forget(self, slots: Tensor) -> None:
+    def forget(self, slots: npt.NDArray[np.int64]) -> None:
         """What the tokens in these slots showed is not known."""
         self._known[slots] = False
 
-    def read(self, slots: Tensor) -> Float[Tensor, "n F"]:
+    def read(self, slots: npt.NDArray[np.int64]) -> Float[Tensor, "n F"]:
         """The activations of the tokens in these slots. Raises GuardError if those of one are not known."""
-        if not bool(self._known[slots].all()):
+        if not self._known[slots].all():
             raise GuardError("a part of the prompt came from a cache and was not judged when it was computed")
-        return self._acts[slots]
+        return torch.from_numpy(self._acts[slots])

@@ -180,4 +180,4 @@ class Engine:
         tables = np.zeros((len(spans), max(len(self.blocks[name]) for name in spans)), dtype=np.int32)
         for i, name in enumerate(spans):
             tables[i, : len(self.blocks[name])] = self.blocks[name]
-        return Slots(torch.tensor(rows), tables, BLOCK_SIZE)
+        return Slots(np.array(rows), tables, BLOCK_SIZE)

@@ -29,21 +29,28 @@ name: steered
 rules:
   - {domain: politics, threshold: {fpr: 0.01}, action: steer, steer: {op: add, strength: -1.5}}
 """
+STRICT = """\
+name: strict-lab
+rules:
+  - {domain: politics, threshold: {fpr: 0.01}, scope: [response], action: block}
+"""
 TENANTS = """\
 tenants:
   lab: {policy: monitor, overrides: true}
   open: {policy: OPEN}
   steered: {policy: STEERED}
+  strict-lab: {policy: STRICT, overrides: true}
 """
 
 
 @pytest.fixture(scope="module")
 def tenants(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with three tenants beside the default one."""
+    """A file with four tenants beside the default one."""
     folder = tmp_path_factory.mktemp("tenants")
-    (folder / "open.yaml").write_text(OPEN)
-    (folder / "steered.yaml").write_text(STEERED)
-    text = TENANTS.replace("OPEN", str(folder / "open.yaml")).replace("STEERED", str(folder / "steered.yaml"))
+    text = TENANTS
+    for name, policy in (("OPEN", OPEN), ("STEERED", STEERED), ("STRICT", STRICT)):
+        (folder / f"{name}.yaml").write_text(policy)
+        text = text.replace(name, str(folder / f"{name}.yaml"))
     (folder / "tenants.yaml").write_text(text)
     return folder / "tenants.yaml"
 

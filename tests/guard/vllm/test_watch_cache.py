@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,7 +76,7 @@ def test_a_beginning_that_is_computed_in_the_very_same_pass_is_judged_too(judgin
     for order in (("a", "b"), ("b", "a")):
         engine = cached_engine(judging, texts)
         assert engine.watch._cache is not None
-        engine.watch._cache._acts.fill_(3.0)  # what other requests left there
+        engine.watch._cache._acts.fill(3.0)  # what other requests left there
         engine.join("a")
         engine.join("b", cached=SHARED)
         engine.step({name: engine.left(name) for name in order})
@@ -91,7 +92,7 @@ def test_a_beginning_that_was_cached_in_a_pass_that_failed_is_not_taken_for_read
     """The engine keeps the keys and values of a pass that the guard could not judge, and hands them on."""
     engine = cached_engine(judging, texts)
     assert engine.watch._cache is not None
-    engine.watch._cache._acts.fill_(0.0)  # fresh pages of the host's memory
+    engine.watch._cache._acts.fill(0.0)  # fresh pages of the host's memory
     engine.join("a", "c")
     engine.watch._requests.pop("c")  # an internal error
     engine.step({"c": 4, "a": SHARED})
@@ -139,7 +140,7 @@ def test_a_slot_that_is_written_again_holds_what_came_last(judging: Judging, tex
 
 
 def test_slots_are_found_across_blocks() -> None:
-    slots = Slots(torch.arange(3), [[5, 2, 9], [1, 0, 0]], 4)
+    slots = Slots(np.arange(3), [[5, 2, 9], [1, 0, 0]], 4)
     assert slots.of(0, 2, 10).tolist() == [22, 23, 8, 9, 10, 11, 36, 37]
     assert slots.of(1, 0, 2).tolist() == [4, 5]
 
