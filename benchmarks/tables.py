@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md, performance.md, training.md and selection.md, made from the committed results alone.
+"""The tables of the pages under docs/ that show measurements, made from the committed results alone.
 
 `python -m benchmarks.tables` does it after a result was written without --docs.
 """
@@ -313,6 +313,12 @@ def _explanation_tables(result: Result) -> str:
     return explanation_tables(result)
 
 
+def _vllm_tables(result: Result) -> str:
+    from benchmarks.vllm_tables import vllm_tables
+
+    return vllm_tables(result)
+
+
 PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "quality": ("quality.md", "table", quality_tables),
     "streaming": ("quality.md", "streaming", _streaming_tables),
@@ -323,6 +329,7 @@ PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "bank_training": ("training.md", "table", bank_training_tables),
     "explanation": ("performance.md", EXPLANATION, _explanation_tables),
     "selection": ("selection.md", "table", _selection_tables),
+    "vllm": ("vllm.md", "table", _vllm_tables),
 }
 """Result -> (page, name of its markers there, what stands between them)."""
 

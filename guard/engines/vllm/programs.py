@@ -62,6 +62,7 @@ class Programs:
         self._timeline: dict[str, list[tuple[int, int]]] = {}  # of each request: from which position on, which program
         self._row_program = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows: Tensor | None = None
+        self._placed = False
         self.log: list[tuple[str, int]] | None = None
         """If a list is put here, the (request, position) of every row that is steered is added to it."""
 
@@ -118,11 +119,16 @@ class Programs:
                     numbers.append(number)
                     if self.log is not None:
                         self.log.append((request_id, position))
-        if rows or self._rows is not None:
+        if rows or self._placed:
             self._row_program.zero_()
+        self._placed = bool(rows)
         self._rows = torch.tensor(rows, device=self._row_program.device) if rows else None
         if rows:
             self._row_program[self._rows] = torch.tensor(numbers, device=self._row_program.device)
+
+    def done(self) -> None:
+        """The pass is over: another, that no batch was placed for, steers nothing."""
+        self._rows = None
 
     def steer(self, name: str, hidden: Float[Tensor, "n d_in"], seen: Float[Tensor, "n d_in"]) -> None:
         """Change the rows of `hidden` that run a program. seen: the activations that `hidden` is, or is a part of.

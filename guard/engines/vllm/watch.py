@@ -123,6 +123,8 @@ class News:
     verdicts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Of requests that rules fired on in this step, all their verdicts so far."""
     blocked: list[str] = field(default_factory=list)
+    unjudged_blocks: list[int] = field(default_factory=list)
+    """Blocks of the engine's cache whose tokens were computed but not judged."""
     unknown: list[str] = field(default_factory=list)
     """Requests that ended before any pass read them: no report comes of them."""
     steer: dict[str, tuple[int, list[RuleKey]]] = field(default_factory=dict)
@@ -220,14 +222,15 @@ class Watch:
         for request_id in batch.request_ids:
             request = self._requests.get(request_id)
             if request is not None:
-                judged = max(request.judged, 0)
-                self._news.release[request_id] = judged if judged >= request.lane.hold else 0
+                held = request.lane.state.count[request.row] < request.lane.hold  # special tokens are no evidence
+                self._news.release[request_id] = 0 if held else max(request.judged, 0)
         self._news.seconds += time.perf_counter() - started
 
     def missed(self, error: Exception, batch: Batch, slots: Slots | None) -> None:
         """A pass was not judged. slots: of its tokens, if what they showed has not been kept either."""
         if self._cache is not None and slots is not None:
             self._cache.forget(slots.rows)
+            self._news.unjudged_blocks += np.unique(slots.rows // slots.block_size).tolist()
         self.fail(error, batch.request_ids)
 
     def _observe(self, batch: Batch, seen: Mapping[str, Float[Tensor, "T d_in"]], slots: Slots | None) -> None:
@@ -258,7 +261,10 @@ class Watch:
                 raise GuardError(f"request {request.request_id} goes on after the token that was to end it")
             rows, in_prompt = new
             if in_prompt:
-                self._take_prompt(request, acts[rows])
+                try:
+                    self._take_prompt(request, acts[rows])
+                except GuardError as e:
+                    self.fail(e, [request.request_id])
             elif int(batch.ids[rows.start]) not in request.lane.judging.special:
                 answers.setdefault(id(request.lane), []).append(_Answer(request, rows.start))
         for group in answers.values():

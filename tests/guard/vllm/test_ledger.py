@@ -158,7 +158,8 @@ def test_times_and_errors_are_handed_on_exactly_once() -> None:
 def test_what_is_no_request_of_the_guard_passes_with_its_end_only() -> None:
     made = ledger()
     assert settle(made, Out("other", [1])) == []
-    assert [o.kind for o in settle(made, Out("other", [1], "stop"))] == ["output"]
+    assert settle(made, Out("other", [1], "stop")) == [], "nor does its end, if a token comes with it"
+    assert [o.kind for o in settle(made, Out("other", [], "abort"))] == ["output"]
 
 
 def test_outputs_go_to_the_client_that_asked() -> None:

