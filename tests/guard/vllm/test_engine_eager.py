@@ -14,7 +14,7 @@ from tests.guard.vllm.engine_process import EngineProcess
 from tests.guard.vllm.engine_prompts import HARMLESS, LONG, POLITICS, TERROR, fixed_prompts
 
 __all__ = ["start", "tenants"]
-pytestmark = [pytest.mark.vllm, pytest.mark.model, pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 GREEDY = {"temperature": 0.0}
 BATCH = [*HARMLESS[:9], TERROR, *HARMLESS[9:]]
 TIE = 0.02  # a probability this near its threshold may fall on either side: the engines round differently

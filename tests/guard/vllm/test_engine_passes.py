@@ -23,7 +23,7 @@ from tests.guard.vllm.engine_process import EngineProcess
 from tests.guard.vllm.engine_prompts import HARMLESS, POLITICS, TERROR
 
 __all__ = ["start"]
-pytestmark = [pytest.mark.vllm, pytest.mark.model, pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 PROMPTS = [POLITICS, TERROR, *HARMLESS[1:7]]
 

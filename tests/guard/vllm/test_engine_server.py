@@ -21,7 +21,7 @@ from tests.guard.vllm.engine_process import ROOT, environment
 from tests.guard.vllm.engine_prompts import HARMLESS, POLITICS, TERROR
 
 __all__ = ["tenants"]
-pytestmark = [pytest.mark.vllm, pytest.mark.model, pytest.mark.slow, needs_vllm]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, needs_vllm]
 KEY = "a-key-for-this-test"
 
 
