@@ -7,6 +7,7 @@ versions in SUPPORTED, is what stands under "relies on" at each place.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -347,8 +348,6 @@ class _GuardedWorker:
         if self._watch is None:
             return output
         if not output.req_ids:  # vLLM has one such object for all steps without requests
-            import copy
-
             output = copy.copy(output)
         output.sailguard = self._watch.take_news()
         return output
@@ -446,10 +445,7 @@ class _GuardedWorker:
                 f"the guard does not follow prefix caching with {type(spec).__name__}; pass --no-enable-prefix-caching"
             )
         size = spec.block_size
-        return ActsCache(kv.num_blocks * size, self._taps_features())
-
-    def _taps_features(self) -> int:
-        return next(iter(self._lanes.values())).monitor.encoder.n_features
+        return ActsCache(kv.num_blocks * size, self._lanes[""].monitor.encoder.n_features)
 
     def _run_canary(self) -> None:
         """Run the bank's canary through the engine itself: a prompt, in as many passes as the scheduler would cut it
