@@ -1,6 +1,7 @@
 """How feature activations become a domain's score: clip, moving average, linear head, agreement of tokens.
 
-Fitting and guarding call the same functions. For a token t of a segment (see `feature_bank.layout`):
+Fitting and guarding call the same functions, on the host: what is averaged is a few numbers a token. For a token t of
+a segment (see `feature_bank.layout`):
 
     m_t = sum of clip(a_s, 0, ceiling) over the last `window` tokens s <= t of the segment / max(count, min_tokens)
     z_t = slope * (w . m_t + bias) + intercept     the calibrated logit; probability = sigmoid(z_t)
@@ -15,50 +16,56 @@ linear, only w . clip(a) has to be averaged, not a.
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from feature_bank.schema import Pooling
 
+Real = TypeVar("Real", np.float32, np.float64)
 
-def segment_starts(segment: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """For each row, the index of the first row of its segment. Segment numbers are constant on runs of rows."""
-    index = torch.arange(segment.shape[0], device=segment.device)
-    changed = torch.ones_like(segment, dtype=torch.bool)
+
+def segment_starts(segment: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For each of the n rows of `segment` (n,), the index of the first row of its segment. Segment numbers are
+    constant on runs of rows."""
+    changed = np.ones(len(segment), dtype=np.bool_)
     changed[1:] = segment[1:] != segment[:-1]
-    return torch.where(changed, index, 0).cummax(0).values
+    return np.maximum.accumulate(np.where(changed, np.arange(len(segment)), 0))
 
 
-def moving_average(values: Float[Tensor, "n d"], segment: Int[Tensor, " n"], pooling: Pooling) -> Float[Tensor, "n d"]:
-    """Causal moving average within segments, as defined above. Summed in double precision."""
-    if values.shape[0] == 0:
+def moving_average(values: npt.NDArray[Real], segment: npt.NDArray[np.int64], pooling: Pooling) -> npt.NDArray[Real]:
+    """Causal moving average of `values` (n, d) within segments, as defined above. Summed in double precision."""
+    if not len(values):
         return values
-    index = torch.arange(values.shape[0], device=values.device)
-    first = torch.maximum(segment_starts(segment), index - pooling.window + 1)
-    total = torch.zeros(values.shape[0] + 1, values.shape[1], dtype=torch.float64, device=values.device)
-    torch.cumsum(values.double(), 0, out=total[1:])
-    count = (index - first + 1).clamp_min(pooling.min_tokens)
-    return ((total[index + 1] - total[first]) / count[:, None]).to(values.dtype)
+    index = np.arange(len(values))
+    first = np.maximum(segment_starts(segment), index - pooling.window + 1)
+    total = np.zeros((len(values) + 1, values.shape[1]))
+    np.cumsum(values, axis=0, dtype=np.float64, out=total[1:])
+    count = np.maximum(index - first + 1, pooling.min_tokens)
+    average: npt.NDArray[Real] = ((total[index + 1] - total[first]) / count[:, None]).astype(values.dtype)
+    return average
 
 
 def agreement(
-    logits: Float[Tensor, "n d"], segment: Int[Tensor, " n"], tokens: int, *, settled: int = 1
-) -> Float[Tensor, "n d"]:
-    """e_t: the least of the last `tokens` logits of the segment; -inf where there are fewer, unless it ends there.
+    logits: npt.NDArray[Real], segment: npt.NDArray[np.int64], tokens: int, *, settled: int = 1
+) -> npt.NDArray[Real]:
+    """e_t: the least of the last `tokens` of the `logits` (n, d) of the segment; -inf where there are fewer, unless it
+    ends there.
 
     settled: the first token of a segment, counted from 1, whose logit counts; of a shorter segment only the last does.
     """
-    if logits.shape[0] == 0:
+    if not len(logits):
         return logits
-    index = torch.arange(logits.shape[0], device=logits.device)
+    index = np.arange(len(logits))
     start = segment_starts(segment)
-    least = logits.clone()
+    least = logits.copy()
     for back in range(1, tokens):
         earlier = index - back
         inside = (earlier - start + 1 >= settled)[:, None]
-        least = torch.minimum(least, torch.where(inside, logits[earlier.clamp_min(0)], torch.inf))
-    ends = torch.ones_like(segment, dtype=torch.bool)
+        np.minimum(least, logits[np.maximum(earlier, 0)], out=least, where=inside)
+    ends = np.ones(len(segment), dtype=np.bool_)
     ends[:-1] = segment[1:] != segment[:-1]
     enough = (index - start + 1 >= settled + tokens - 1) | ends
-    return torch.where(enough[:, None], least, -torch.inf)
+    least[~enough] = -np.inf
+    return least

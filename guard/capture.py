@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from feature_bank.batches import length_batches as length_batches  # of this path: harvest and scoring share it
 from guard.hook_points import blocks_before, execution_order, resolve
 
 Observer = Callable[[str, Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"] | None]
@@ -115,18 +116,6 @@ def skipped_before(model: nn.Module, hook_name: str) -> Iterator[None]:
                 vars(block).pop("forward", None)
             else:
                 block.forward = own
-
-
-def length_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """The places of all sequences, the short ones first, in batches of at most `max_tokens` padded (one at least)."""
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and lengths[place] * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def pad_batch(

@@ -76,6 +76,11 @@ class Guard:
         from guard.session import AttachedGuard
 
         attached = AttachedGuard(self, model, tokenizer)
+        self.publish()
+        return attached
+
+    def publish(self) -> None:
+        """Say in the metrics which bank and policy are in use."""
         bank, policy = self.bank, self.policy
         self.metrics.set_bank(
             name=bank.manifest.name,
@@ -84,4 +89,3 @@ class Guard:
             content_hash=bank.content_hash[:12],
         )
         self.metrics.set_policy(name=policy.name, version=policy.version, on_error=policy.on_error)
-        return attached

@@ -1,4 +1,4 @@
-"""The bank's domain heads as tensors."""
+"""The bank's domain heads as matrices on the host."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from feature_bank.bank import Bank
 
@@ -22,32 +19,30 @@ class DomainHeads:
     """
 
     def __init__(
-        self,
-        bank: Bank,
-        device: torch.device,
-        allowed: Mapping[str, Sequence[int]] | None = None,
-        *,
-        streaming: bool = False,
+        self, bank: Bank, allowed: Mapping[str, Sequence[int]] | None = None, *, streaming: bool = False
     ) -> None:
         self.domains = tuple(bank.heads)
         self.pooling = bank.pooling.streamed if streaming else bank.pooling
         position = {feature.id: i for i, feature in enumerate(bank.features)}
-        weight = torch.zeros(len(bank.features), len(self.domains))
-        bias = torch.zeros(len(self.domains))
+        self.weight: npt.NDArray[np.float32] = np.zeros((len(bank.features), len(self.domains)), dtype=np.float32)
+        """(F, D)"""
+        self.bias: npt.NDArray[np.float32] = np.zeros(len(self.domains), dtype=np.float32)
+        """(D,)"""
         for column, domain in enumerate(self.domains):
             head = bank.heads[domain]
             fitted = head.streaming if streaming and head.streaming is not None else head
             slope = fitted.calibration.slope
             for feature, value in zip(head.features, fitted.weights, strict=True):
-                weight[position[feature], column] = slope * value
+                self.weight[position[feature], column] = slope * value
             places = list((allowed or {}).get(domain, ()))
-            weight[places, column] = weight[places, column].clamp_max(0.0)
-            bias[column] = slope * fitted.bias + fitted.calibration.intercept
-        self.weight: Float[Tensor, "F D"] = weight.to(device)
-        self.bias: Float[Tensor, " D"] = bias.to(device)
-        self.offset: npt.NDArray[np.float32] = bias.numpy()
-        """(D,): the bias again, on the host."""
+            self.weight[places, column] = np.minimum(self.weight[places, column], 0.0)
+            self.bias[column] = slope * fitted.bias + fitted.calibration.intercept
 
-    def evidence(self, feature_acts: Float[Tensor, "n F"]) -> Float[Tensor, "n D"]:
-        """What each token adds to the moving average of each domain."""
-        return feature_acts.clamp_max(self.pooling.ceiling) @ self.weight
+    def clip(self, feature_acts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Activations (n, F) as they are averaged, so that no single spike decides."""
+        return np.minimum(feature_acts, np.float32(self.pooling.ceiling))
+
+    def evidence(self, feature_acts: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """(n, D) what each token of (n, F) adds to the moving average of each domain."""
+        found: npt.NDArray[np.float32] = self.clip(feature_acts) @ self.weight
+        return found

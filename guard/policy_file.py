@@ -11,6 +11,7 @@ import yaml
 from guard.errors import PolicyError
 
 SHIPPED = Path(__file__).parent / "policies"
+MAX_NODES = 20_000  # values of one file, what aliases repeat counted as often as it is repeated
 Field = tuple[str | int, ...]
 
 
@@ -45,9 +46,9 @@ def read_policy_text(path: str | Path) -> PolicyText:
     """A policy file, or a shipped policy by its name. Raises PolicyError if it is no YAML mapping."""
     source = str(path)
     file = Path(path)
-    if source in shipped_policies() and not file.exists():
-        file = SHIPPED / f"{source}.yaml"
     try:
+        if source in shipped_policies() and not file.exists():
+            file = SHIPPED / f"{source}.yaml"
         text = file.read_text(encoding="utf-8")
     except OSError as e:
         known = ", ".join(shipped_policies())
@@ -56,19 +57,43 @@ def read_policy_text(path: str | Path) -> PolicyText:
         ) from e
     except UnicodeDecodeError as e:
         raise PolicyError(f"policy file {source!r} is not valid YAML: {e}") from e
+    except ValueError as e:  # a NUL, which no name of a file can hold
+        raise PolicyError(f"policy file {source!r} cannot be read: {e}") from e
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        # Before anything is made of it: merging and checking repeat what aliases repeat.
+        if root is not None and _count(root, {}) > MAX_NODES:
+            raise PolicyError(f"policy file {source!r} holds more than {MAX_NODES:,} values; write a shorter one")
         data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: a date that there is not
+    except PolicyError:
+        raise
+    except Exception as e:  # what an odd tag or number makes of a value raises errors of any kind
         mark = getattr(e, "problem_mark", None)
         place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        reason = getattr(e, "problem", None) or e
+        said = isinstance(e, (yaml.YAMLError, ValueError, RecursionError))
+        reason = (getattr(e, "problem", None) or e) if said else "a value is not what its tag says"
         raise PolicyError(f"policy file {source!r}{place} is not valid YAML: {reason}") from e
     if not isinstance(data, dict) or not isinstance(root, yaml.MappingNode):
         raise PolicyError(f"policy file {source!r} must hold a mapping with the key 'rules'")
     places: dict[Field, Place] = {}
     _note(root, (), places, set())
     return PolicyText(source, data, places)
+
+
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """How many nodes a node comes to with what its aliases repeat. Raises ValueError for what is no text."""
+    if id(node) in counts:
+        return counts[id(node)]
+    counts[id(node)] = 1  # of itself, an alias to what it stands in adds no more
+    if isinstance(node, yaml.MappingNode):
+        below = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        below = node.value
+    else:
+        below = []
+        node.value.encode()  # an escape can stand for half a character, which nothing can be written with
+    counts[id(node)] += sum(_count(part, counts) for part in below)
+    return counts[id(node)]
 
 
 def _note(node: yaml.Node, field: Field, places: dict[Field, Place], seen: set[int]) -> None:

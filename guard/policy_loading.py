@@ -75,10 +75,14 @@ def _parse(text: PolicyText) -> PolicyFile:
 def _base(text: PolicyText, extends: str, through: tuple[str, ...]) -> Policy:
     """The policy that a file extends, looked for beside it."""
     place = f"{text.where(('extends',))}, field 'extends'"
-    beside = Path(text.source).parent / extends
-    path = str(beside) if beside.exists() or extends not in shipped_policies() else extends
-    here = (*through, str(Path(text.source).resolve()))
-    if str(Path(path).resolve()) in here or len(here) > MAX_DEPTH:
+    try:
+        beside = Path(text.source).parent / extends
+        path = str(beside) if beside.exists() or extends not in shipped_policies() else extends
+        here = (*through, str(Path(text.source).resolve()))
+        again = str(Path(path).resolve()) in here
+    except (OSError, ValueError, RuntimeError) as e:  # a name that no file can have, or links in a circle
+        raise PolicyError(f"{place}: it cannot be looked for: {e}") from e
+    if again or len(here) > MAX_DEPTH:
         raise PolicyError(f"{place}: the files extend each other in a circle, or more than {MAX_DEPTH} deep")
     try:
         return load_policy(path, here)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
+from typing import Any
 
+from feature_bank.bank import Bank
 from guard.events import SEVERITY, ActionName, SequenceReport
+from guard.judge import Judge, sigmoid
 from guard.metrics import Metrics
-from guard.monitor import Monitor, sigmoid
 from guard.state import BatchState
 
 
@@ -30,12 +32,12 @@ class OrderedReports(list[SequenceReport]):
         self.insert(place, report)
 
 
-def make_reports(monitor: Monitor, state: BatchState) -> list[SequenceReport]:
+def make_reports(monitor: Judge, state: BatchState) -> list[SequenceReport]:
     """The report of every sequence of a batch, in order."""
     return [make_report(monitor, state, row) for row in range(len(state.request_ids))]
 
 
-def make_report(monitor: Monitor, state: BatchState, row: int) -> SequenceReport:
+def make_report(monitor: Judge, state: BatchState, row: int) -> SequenceReport:
     """The report of the sequence in one row."""
     domains = monitor.domains
     verdicts = tuple(state.verdicts[row])
@@ -62,3 +64,20 @@ def count_reports(metrics: Metrics, reports: Sequence[SequenceReport], *, failed
         metrics.count_tokens(report.tokens_observed, report.tokens_generated)
         metrics.observe_scores(report.response_scores if answered else report.prompt_scores)
         metrics.count_request("response" if answered else "prompt", "error" if failed else report.action)
+
+
+class ShownFeatures:
+    """The features whose activations the metrics show, by their places in a bank."""
+
+    def __init__(self, metrics: Metrics, bank: Bank) -> None:
+        self._metrics = metrics
+        wanted = set(metrics.features)
+        self._places = {feature.id: i for i, feature in enumerate(bank.features) if feature.id in wanted}
+
+    def observe(self, feature_acts: Any) -> None:
+        """Take the activations (n, F) of one judged sequence: each feature counts with its highest."""
+        if self._places and len(feature_acts):
+            highest = feature_acts[:, list(self._places.values())].max(0)
+            values = getattr(highest, "values", highest)  # torch gives the indices, too
+            for feature, value in zip(self._places, values.tolist(), strict=True):
+                self._metrics.observe_feature(feature, value)

@@ -1,4 +1,4 @@
-"""The policy's rules and allowances, resolved against a bank, as tensors."""
+"""The policy's rules and allowances, resolved against a bank, as arrays."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Float
-from torch import Tensor
 
 from feature_bank.bank import Bank
 from guard.errors import PolicyError
@@ -98,9 +96,10 @@ class RuleTable:
         np.minimum.at(self.lowest, self.heads, self.level[self.on_heads])
 
     def values(
-        self, logits: npt.NDArray[np.float64], acts: Callable[[], Float[Tensor, "n F"]]
+        self, logits: npt.NDArray[np.float64], acts: Callable[[], npt.NDArray[np.float32]]
     ) -> npt.NDArray[np.float64]:
-        """(n, R) what each rule compares, of (n, D) logits and clipped activations, which are asked for if needed."""
+        """(n, R) what each rule compares, of (n, D) logits and (n, F) clipped activations, which are asked for if
+        needed."""
         found = np.empty((len(logits), len(self.rules)))
         found[:, self.on_heads] = logits[:, self.heads]
         if self.others:
@@ -110,11 +109,12 @@ class RuleTable:
         return found
 
 
-def _values(bound: BoundRule, logits: npt.NDArray[np.float64], acts: Float[Tensor, "n F"]) -> npt.NDArray[np.float64]:
+def _values(
+    bound: BoundRule, logits: npt.NDArray[np.float64], acts: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]:
     """(n,) what a rule on features, or on several signals, compares."""
     each = [
-        logits[:, s.head] if s.head is not None else acts[:, s.columns].amax(1).double().cpu().numpy()
-        for s in bound.signals
+        logits[:, s.head] if s.head is not None else acts[:, s.columns].max(1).astype(np.float64) for s in bound.signals
     ]
     if bound.rule.when is None:
         return each[0]

@@ -65,6 +65,11 @@ class AttachedGuard:
             self._engine.close()
 
     @property
+    def engine(self) -> TransformersEngine:
+        """The hooks on the model."""
+        return self._engine
+
+    @property
     def reports(self) -> list[SequenceReport]:
         """The reports of the last generation, one a sequence, in the order of the batch.
 
@@ -87,16 +92,20 @@ class AttachedGuard:
 
         Raises GuardError if the chat is empty, malformed or leaves no room for an answer.
         """
+        ids = self.rendered(messages)
+        if len(ids) >= self.context_length:
+            raise GuardError(f"the chat has {len(ids)} tokens; the model takes {self.context_length}, answer included")
+        return ids
+
+    def rendered(self, messages: Messages) -> list[int]:
+        """`prompt_ids`, however long it is."""
         from jinja2 import TemplateError
 
         _check_messages(messages)
         try:
-            ids, _ = chat_ids(self.tokenizer, messages, add_generation_prompt=True)
+            return chat_ids(self.tokenizer, messages, add_generation_prompt=True).ids
         except (ValueError, TemplateError) as e:
             raise GuardError(f"the model's chat template does not take these messages: {e}") from e
-        if len(ids) >= self.context_length:
-            raise GuardError(f"the chat has {len(ids)} tokens; the model takes {self.context_length}, answer included")
-        return ids
 
     def stream(
         self,

@@ -1,21 +1,22 @@
 """Per-sequence memory of the guard. It belongs to the sequences of one batch and is dropped with them.
 
 What a step decides with are a few numbers a sequence and domain: they lie in NumPy, where an operation on so little
-costs a fraction of what one on the model's device does. Only the features' own history stays there.
+costs a fraction of what one on the model's device does. Only the features' own history stays there, if there is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from guard.events import Verdict
+
+if TYPE_CHECKING:
+    import torch
 
 ROOM = 256  # tokens a row that a fresh state has room for; it doubles when they are spent
 
@@ -29,9 +30,9 @@ class BatchState:
     """(B, 1 + room, D): sums over the tokens so far of what each adds to the domains' averages, from 0 on."""
     logits: npt.NDArray[np.float64]
     """(B, room, D): the logits after each token."""
-    recent: Float[Tensor, "B window F"]
-    """Clipped activations of each sequence's last tokens, token n at n modulo the window; zero before the first. They
-    name the features when a rule fires."""
+    recent: Any
+    """(B, window, F), an array or a tensor on the model's device: clipped activations of each sequence's last tokens,
+    token n at n modulo the window; zero before the first. They name the features when a rule fires."""
     count: npt.NDArray[np.int64]
     """(B,): response tokens judged so far."""
     runs: npt.NDArray[np.int64]
@@ -71,16 +72,16 @@ class BatchState:
         features: int,
         domains: int,
         rules: int,
-        device: torch.device,
+        device: torch.device | None = None,
     ) -> BatchState:
-        """The state before the first token; one row for each of `request_ids`."""
+        """The state before the first token; one row for each of `request_ids`. Without a device it is all arrays."""
         batch = len(request_ids)
         low = np.full((batch, domains), -np.inf)
         return cls(
             request_ids=list(request_ids),
             evidence=np.zeros((batch, 1 + ROOM, domains)),
             logits=np.zeros((batch, ROOM, domains)),
-            recent=torch.zeros(batch, window, features, device=device),
+            recent=_zeros((batch, window, features), device),
             count=np.zeros(batch, dtype=np.int64),
             runs=np.zeros((batch, rules), dtype=np.int64),
             latched=np.zeros((batch, rules), dtype=np.bool_),
@@ -106,6 +107,14 @@ class BatchState:
         self.evidence = np.concatenate([self.evidence, np.zeros_like(self.logits)], axis=1)
         self.logits = np.concatenate([self.logits, np.zeros_like(self.logits)], axis=1)
 
+    def remember(self, rows: Any, slot: Any, clipped: Any) -> None:
+        """Keep clipped activations (n, F) of one token of each of `rows` (slices or arrays, as `slot`)."""
+        if not isinstance(slot, int) and not isinstance(self.recent, np.ndarray):
+            import torch
+
+            rows, slot = (torch.from_numpy(places).to(self.recent.device) for places in (rows, slot))
+        self.recent[rows, slot] = clipped
+
     def renew(self, row: int, request_id: str) -> None:
         """Give a row whose sequence has ended to a new one: nothing of the old one stays."""
         for array in (self.evidence, self.logits, self.recent, self.count, self.runs, self.rest):
@@ -124,9 +133,25 @@ class BatchState:
             np.concatenate([mine, np.zeros((len(theirs), *mine.shape[1:]))])
             for mine, theirs in ((self.evidence, more.evidence), (self.logits, more.logits))
         )
-        self.recent = torch.cat([self.recent, more.recent])
+        self.recent = _joined(self.recent, more.recent)
         for name in ("count", "runs", "latched", "prompted", "rest", "best_prompt", "best_response"):
             setattr(self, name, np.concatenate([getattr(self, name), getattr(more, name)]))
         for name in ("request_ids", "ended", "verdicts", "blocked", "generated", "failed"):
             getattr(self, name).extend(getattr(more, name))
         self.even, self.compiled = False, None
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device | None) -> Any:
+    if device is None:
+        return np.zeros(shape, dtype=np.float32)
+    import torch
+
+    return torch.zeros(shape, device=device)
+
+
+def _joined(mine: Any, theirs: Any) -> Any:
+    if isinstance(mine, np.ndarray):
+        return np.concatenate([mine, theirs])
+    import torch
+
+    return torch.cat([mine, theirs])

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from feature_bank.errors import DataError
 from feature_bank.heads import agreement, moving_average
@@ -88,16 +87,15 @@ def document_scores(
 
     acts: (tokens, F) normalised activations; documents: the document of every row, rows of one being consecutive.
     """
-    segment = torch.from_numpy(documents)
     used = np.flatnonzero(weights)
     clipped = np.minimum(acts[:, used].astype(np.float32), pooling.ceiling)
-    evidence = torch.from_numpy(clipped @ weights[used])[:, None]
-    logits = moving_average(evidence, segment, pooling.streamed if streaming else pooling) + bias
+    evidence: FloatArray = (clipped @ weights[used])[:, None]
+    average = moving_average(evidence, documents, pooling.streamed if streaming else pooling)
+    logits: FloatArray = average + np.float32(bias)
     settled = pooling.settle_tokens if streaming else pooling.window
-    agreed = agreement(logits, segment, pooling.evidence_tokens, settled=settled)[:, 0]
-    best = torch.full((n_documents,), -torch.inf)
-    best.scatter_reduce_(0, segment, agreed, "amax")
-    result: FloatArray = best.numpy()
+    agreed = agreement(logits, documents, pooling.evidence_tokens, settled=settled)[:, 0]
+    result = np.full(n_documents, -np.inf, dtype=np.float32)
+    np.maximum.at(result, documents, agreed)
     return result
 
 

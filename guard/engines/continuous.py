@@ -19,10 +19,13 @@ from torch import Tensor
 
 from guard.engines.batch_manager import Share, Tap, cached_manager, cut, end_next, open_manager, read_shares
 from guard.engines.judging import FORBIDDEN, Judging
-from guard.engines.requests import Request
+from guard.engines.requests import Guarded, Request
 from guard.errors import GuardError, UnsupportedGenerationError
 from guard.events import Verdict
 from guard.reports import OrderedReports, count_reports, make_reports
+
+OWN = "own-"
+"""How the ids of requests begin that `submit` adds with a listener: nothing of them enters the manager's queue."""
 
 
 class _Part(NamedTuple):
@@ -38,13 +41,11 @@ class ContinuousBatching:
     The manager's thread calls the three methods of a pass; any thread may add and cancel requests.
     """
 
-    def __init__(self, model: Any, judging: Judging, hook_names: Sequence[str], last_hook: str, end: int) -> None:
+    def __init__(self, model: Any, judging: Judging, end: int) -> None:
         self._model = model
         self._judging = judging
-        self._monitor = judging.monitor
-        self._hook_names = tuple(hook_names)
-        self._last_hook = last_hook
         self._end = end
+        self._own: dict[str, Guarded] = {}
         self._tap: Tap | None = None
         self._lock = threading.RLock()
         self._clear()
@@ -57,8 +58,10 @@ class ContinuousBatching:
         self._requests: dict[str, Request] = {}
         self._cancelled: set[str] = set()
         self._pass: list[_Part] = []
+        self._judgings: tuple[Judging, ...] = ()
+        """Those of the pass in work: requests may be guarded by different banks and policies."""
         self._hidden: dict[str, Tensor] = {}
-        self._judged = False
+        self._judged: list[Judging] = []
         self._seconds = 0.0
 
     # ---- the manager -------------------------------------------------------------------------------------
@@ -79,7 +82,8 @@ class ContinuousBatching:
         Raises UnsupportedGenerationError for what cannot be followed, GuardError while a manager is running.
         """
         self.check_idle()
-        on_prompt = next((r for r in self._monitor.policy.rules if r.action == "steer" and r.steer.prompt), None)
+        rules = self._judging.monitor.policy.rules
+        on_prompt = next((rule for rule in rules if rule.action == "steer" and rule.steer.prompt), None)
         if on_prompt is not None:
             raise UnsupportedGenerationError(
                 f"rule {on_prompt.label!r} steers prompts, which continuous batching reads but once; leave 'prompt' "
@@ -108,6 +112,9 @@ class ContinuousBatching:
         if cached_manager(self._model) is manager:
             self._model.destroy_cached_continuous_batching_manager()
         self._untap()
+        with self._lock:  # those that the manager had not come to know
+            for request in [request for request in self._requests.values() if request.listener is not None]:
+                self._finish(request, error="the guard has been detached")
 
     def _untap(self) -> None:
         if self._tap is not None:
@@ -127,6 +134,29 @@ class ContinuousBatching:
 
     # ---- requests that come and go -----------------------------------------------------------------------
 
+    def submit(self, request_id: str, guarded: Guarded, **options: Any) -> None:
+        """Add a request that is guarded in its own way to the open manager; options: those of its `add_request`.
+
+        Raises GuardError if no manager takes it.
+        """
+        if self._tap is None or not self._tap.running:
+            raise GuardError("continuous batching is not running on this model")
+        with self._lock:
+            self._own[request_id] = guarded
+        try:
+            taken = self._tap.manager.add_request(request_id=request_id, streaming=True, **options)
+        finally:
+            with self._lock:
+                self._own.pop(request_id, None)
+        if taken is None:
+            raise GuardError("continuous batching takes no more requests: it is stopping")
+
+    def cancel(self, request_id: str) -> None:
+        """Call a request off; one that is unknown, or at its end, is let be."""
+        with self._lock:
+            if self._tap is not None and request_id in self._requests:
+                self._tap.manager.cancel_request(request_id)
+
     def added(self, options: dict[str, Any]) -> dict[str, Any]:
         """Take note of a request. It may generate one token more, so that a pass reads the last that was asked for."""
         with self._lock:
@@ -142,8 +172,9 @@ class ContinuousBatching:
             ends = [given] if isinstance(given, int) else list(given or ())
             ends = [token for token in ends if token >= 0]  # -1 stands for none
             end = ends[0] if ends else self._end
+            guarded = self._own.pop(request_id, None) or Guarded(judging=self._judging)
             self._requests[request_id] = Request(
-                request_id, number=self._added, prompt=prompt, limit=limit, ends=ends, end=end
+                request_id, guarded, number=self._added, prompt=prompt, limit=limit, ends=ends, end=end
             )
             self._added += 1
             self._cancelled.discard(request_id)
@@ -172,41 +203,49 @@ class ContinuousBatching:
             request = self._requests.get(output.request_id)
             if request is None:  # called off
                 cut(output, 0)
-                return bool(output.is_finished())
+                return bool(output.is_finished()) and not output.request_id.startswith(OWN)
             if output.is_finished():
-                cut(output, self._finish(request, output.generated_tokens))
-                return True
+                cut(output, self._finish(request, output.generated_tokens, output.error))
+                return request.listener is None
             n = len(request.answer)
+            may_show = n >= request.judging.monitor.hold_tokens and not request.blocked
+            news = n > request.shown and may_show
+            if request.listener is not None:
+                if request.listener.advance(request.answer, request.begin().verdicts[0], may_show):
+                    self.cancel(request.request_id)
+                return False
             cut(output, n)
-            news = n > request.shown and n >= self._monitor.hold_tokens and not request.blocked
             request.shown = n if news else request.shown
             return news
 
-    def _finish(self, request: Request, tokens: Sequence[int] | None = None) -> int:
+    def _finish(self, request: Request, tokens: Sequence[int] | None = None, error: str | None = None) -> int:
         """Report on a request and forget it. Returns how many of its tokens may leave.
 
-        tokens: its whole answer, as the manager has it.
+        tokens: its whole answer, as the manager has it; error: why that could not go on with it.
         """
-        answer, state = request.answer, request.begin(self._monitor)
+        answer, state, judging = request.answer, request.begin(), request.judging
         tokens = answer if tokens is None else tokens
         kept = min(len(answer), len(tokens))
         ended = len(tokens) == kept + 1 and tokens[kept] in request.ends and not request.blocked
         try:
             if list(tokens[:kept]) != answer[:kept]:
                 raise GuardError(f"request {request.request_id}: the tokens handed out are not those that were judged")
-            state.generated[0] = sum(token not in self._judging.special for token in answer)
-            for _, verdict in self._monitor.finish(state):
-                self._judging.metrics.count_verdict(verdict)
+            state.generated[0] = sum(token not in judging.special for token in answer)
+            for _, verdict in judging.monitor.finish(state):
+                judging.metrics.count_verdict(verdict)
             if state.generated != state.observed and not state.failed[0]:
                 raise GuardError(f"{state.generated[0]} tokens were generated but {state.observed[0]} were observed")
         except Exception as e:  # noqa: BLE001  # whatever it is, the policy says what follows from it
             self._fail(e, [request])
             kept, ended = (0, False) if request.blocked else (kept, ended)
         del self._requests[request.request_id]
-        (report,) = reports = make_reports(self._monitor, state)
+        (report,) = reports = make_reports(judging.monitor, state)
         if len(request.ids) >= len(request.prompt) or state.failed[0]:  # else it left before anything was judged
-            count_reports(self._judging.metrics, reports, failed=state.failed[0])
-        self.reports.put(request.number, report)
+            count_reports(judging.metrics, reports, failed=state.failed[0])
+        if request.listener is None:
+            self.reports.put(request.number, report)
+        else:
+            request.listener.end(answer[:kept], ended, report, error)
         within = request.limit is None or kept < request.limit
         return kept + 1 if ended and within else kept
 
@@ -224,7 +263,7 @@ class ContinuousBatching:
         """
         assert self._tap is not None
         self._hidden.clear()
-        self._judged, self._seconds, self._pass = False, 0.0, []
+        self._judged, self._seconds, self._pass, self._judgings = [], 0.0, [], ()
         with self._lock:
             try:
                 shares = read_shares(self._tap.manager, kwargs)
@@ -232,53 +271,72 @@ class ContinuousBatching:
                 for share in shares:
                     request = self._requests.get(share.request_id)
                     if request is not None:
-                        request.begin(self._monitor)
+                        request.begin()
                         self._pass.append(_Part(request, share, request.unread(share.position, share.ids)))
                     elif share.request_id not in self._cancelled:
                         raise UnsupportedGenerationError(
                             f"request {share.request_id} was not added through the manager's add_request"
                         )
+                self._judgings = tuple(dict.fromkeys(part.request.judging for part in self._pass))
             except Exception as e:
                 self.fatal = e
                 self._fail(e, self._begun())
                 raise
 
     def at_hook(self, name: str, hidden: Float[Tensor, "1 T d_in"]) -> Tensor | None:
-        """Steer the requests that are to be steered, and judge all at the last hook point."""
+        """Steer the requests that are to be steered, and judge each at the last hook point of its bank."""
         started = time.perf_counter()
         self._hidden[name] = hidden
         steered: Tensor | None = None
         with self._lock:
-            try:
-                steered = self._steer(name, hidden)
-                if name == self._last_hook:
-                    self._judge()
-            except Exception as e:  # noqa: BLE001  # whatever it is, the policy says what follows from it
-                self._fail(e, [part.request for part in self._pass])
-        if name == self._last_hook:
-            self._judged = True  # or the failure to do so has been dealt with
-            self._hidden.clear()
+            for judging in self._judgings:
+                parts = [part for part in self._pass if part.request.judging is judging]
+                try:
+                    steered = self._steer(name, hidden, parts, steered)
+                    if name == judging.last_hook:
+                        self._judge(judging, parts)
+                except Exception as e:  # noqa: BLE001  # whatever it is, the policy says what follows from it
+                    self._fail(e, [part.request for part in parts])
+                if name == judging.last_hook:
+                    self._judged.append(judging)  # or the failure to do so has been dealt with
         self._seconds += time.perf_counter() - started
         return steered
 
     def after_pass(self, output: Any) -> None:
-        """Leave the requests that are to be stopped only their end."""
+        """Choose the tokens of requests that have a sampler, and leave those that are to be stopped only their end."""
         with self._lock:
-            if not self._judged:
-                error = GuardError(f"the hook at {self._last_hook} did not fire: a forward pass was not judged")
-                self._fail(error, [part.request for part in self._pass])
+            for judging in self._judgings:
+                if judging not in self._judged:
+                    error = GuardError(f"the hook at {judging.last_hook} did not fire: a forward pass was not judged")
+                    self._fail(error, [part.request for part in self._pass if part.request.judging is judging])
             for request, share, again in self._pass:
                 request.ids += share.ids[again:]
-                if request.blocked and share.logits_row is not None:
-                    output.logits[0, share.logits_row] = FORBIDDEN
-                    output.logits[0, share.logits_row, request.end] = 0.0
-                    end_next(share.record)
-            self._pass = []
+                if share.logits_row is not None:
+                    self._choose(request, share, output.logits[0, share.logits_row])
+            self._pass, self._judgings = [], ()
+        self._hidden.clear()
         self._judging.metrics.observe_step(self._seconds)
 
-    def _steer(self, name: str, hidden: Tensor) -> Tensor | None:
-        steered: Tensor | None = None
-        for request, share, _ in self._pass:
+    def _choose(self, request: Request, share: Share, logits: Float[Tensor, " vocab"]) -> None:
+        """Leave a request the one token that its sampler chooses, or its end if it is to be stopped."""
+        token: int | None = None
+        if request.sampler is not None and not request.blocked:
+            try:
+                token = request.sampler.next_token(logits)
+            except Exception as e:  # noqa: BLE001  # logits that are no numbers, say
+                self._fail(e, [request])
+        if request.blocked:
+            token = request.end
+            end_next(share.record)
+        if token is not None:
+            logits.fill_(FORBIDDEN)
+            logits[token] = 0.0
+
+    def _steer(self, name: str, hidden: Tensor, parts: Sequence[_Part], steered: Tensor | None) -> Tensor | None:
+        """The activations with the rows of these parts steered, made of `steered` if some others are already."""
+        for request, share, _ in parts:
+            if name not in request.judging.hook_names:
+                continue
             for part, steering in request.steered(share.position, len(share.ids)):
                 rows = slice(share.start + part.start, share.start + part.stop)
                 changed = steering.apply(name, hidden[:, rows])
@@ -287,39 +345,42 @@ class ContinuousBatching:
                     steered[:, rows] = changed
         return steered
 
-    def _judge(self) -> None:
-        if len(self._hidden) != len(self._hook_names):
-            raise GuardError(f"hooks did not fire: {sorted(set(self._hook_names) - set(self._hidden))}")
+    def _judge(self, judging: Judging, parts: Sequence[_Part]) -> None:
+        seen = {name: self._hidden[name] for name in judging.hook_names if name in self._hidden}
+        if len(seen) != len(judging.hook_names):
+            raise GuardError(f"hooks did not fire: {sorted(set(judging.hook_names) - set(seen))}")
         answering: list[tuple[Request, int]] = []
-        for request, share, again in self._pass:
+        for request, share, again in parts:
             first, stop = share.start + again, share.start + len(share.ids)
             if first == stop:
                 continue
             if len(request.ids) >= len(request.prompt):
-                if share.ids[again] not in self._judging.special:
+                if share.ids[again] not in judging.special:
                     answering.append((request, first))
                 continue
-            whole = request.prompt_part({name: hidden[0, first:stop] for name, hidden in self._hidden.items()})
+            whole = request.prompt_part({name: hidden[0, first:stop] for name, hidden in seen.items()})
             if whole is not None:
-                self._act(request, self._judging.judge_prompt(request.begin(self._monitor), 0, request.prompt, whole))
+                self._act(request, judging.judge_prompt(request.begin(), 0, request.prompt, whole))
         if answering:
-            rows = torch.tensor([row for _, row in answering], device=self._monitor.device)
-            states = [request.begin(self._monitor) for request, _ in answering]
-            found = self._monitor.observe_each(states, {name: x[0, rows] for name, x in self._hidden.items()})
+            monitor = judging.monitor
+            rows = torch.tensor([row for _, row in answering], device=monitor.device)
+            states = [request.begin() for request, _ in answering]
+            found = monitor.observe_each(states, {name: x[0, rows] for name, x in seen.items()})
             for (request, _), verdicts in zip(answering, found, strict=True):
                 self._act(request, verdicts)
 
     def _act(self, request: Request, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
-            self._judging.metrics.count_verdict(verdict)
+            request.judging.metrics.count_verdict(verdict)
         after = max(len(request.ids) + 1, len(request.prompt))  # the position after the token that was judged
-        request.act(verdicts, self._judging.bound, self._monitor, after)
+        request.act(verdicts, after)
 
     def _begun(self) -> list[Request]:
         return [request for request in self._requests.values() if request.state is not None]
 
     def _fail(self, error: Exception, requests: Sequence[Request]) -> None:
         """An internal error while `requests` were read: by default every request in flight is stopped with them."""
-        if self._monitor.policy.on_error == "block":
+        if any(request.judging.monitor.policy.on_error == "block" for request in requests):
             requests = [*requests, *(request for request in self._begun() if request not in requests)]
-        self._judging.fail(error, [request.begin(self._monitor) for request in requests])
+        for judging in dict.fromkeys(request.judging for request in requests) or [self._judging]:
+            judging.fail(error, [request.begin() for request in requests if request.judging is judging])

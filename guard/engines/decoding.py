@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_LIKELY = 1024  # tokens among which the nucleus is looked for first; to sort a whole vocabulary takes milliseconds
+
 
 class Sampler:
     """Greedy at temperature 0, else nucleus sampling from a generator of its own."""
@@ -30,7 +32,9 @@ class Sampler:
         # From the largest down, so that a tiny temperature gives zeros and not infinities
         probabilities = torch.softmax((logits - logits.max()) / self._temperature, dim=-1)
         if self._top_p < 1.0:
-            ordered, order = probabilities.sort(descending=True)
+            ordered, order = probabilities.topk(min(_LIKELY, len(probabilities)))
+            if float(ordered.sum()) < self._top_p:
+                ordered, order = probabilities.sort(descending=True)
             dropped = ordered.cumsum(0) - ordered >= self._top_p
             dropped[0] = False
             ordered[dropped] = 0.0

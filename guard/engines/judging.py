@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from feature_bank.layout import layout, template_segments
 from guard.events import Verdict
+from guard.hook_points import execution_order
 from guard.metrics import Metrics
 from guard.monitor import Monitor
+from guard.reports import ShownFeatures
 from guard.state import BatchState
 
 logger = logging.getLogger(__name__)
 # Finite, so that a sampler that masks the end token still has a distribution
+_ERRORS = 100  # a server that runs for months keeps the last ones
 FORBIDDEN = torch.finfo(torch.float16).min
 
 
@@ -27,11 +31,14 @@ class Judging:
     def __init__(self, monitor: Monitor, tokenizer: Any, metrics: Metrics) -> None:
         self.monitor = monitor
         self.metrics = metrics
-        self.errors: list[str] = []
+        self.errors: deque[str] = deque(maxlen=_ERRORS)
         self.special = frozenset[int](tokenizer.all_special_ids)
         self._template = template_segments(tokenizer, self.special)
         tables = (*monitor.rules.values(), monitor.streaming_rules)
         self.bound = {bound.rule.label: bound for table in tables for bound in table.rules}
+        self._shown = ShownFeatures(metrics, monitor.bank)
+        self.hook_names = monitor.encoder.hook_names
+        self.last_hook = max(self.hook_names, key=execution_order)
 
     def judge_prompt(
         self,
@@ -50,6 +57,7 @@ class Judging:
         positions = observed.nonzero().flatten()
         at = positions if where is None else where[observed]
         acts = self.monitor.encoder.encode({name: x[at] for name, x in hidden.items()})
+        self._shown.observe(acts)
         return self.monitor.observe_prompt(state, row, acts, segment, positions)
 
     def judge_prompt_acts(
@@ -57,7 +65,9 @@ class Judging:
     ) -> list[Verdict]:
         """`judge_prompt` for activations that are encoded already, one row for each of the m tokens."""
         observed, segment = self._place(ids)
-        return self.monitor.observe_prompt(state, row, feature_acts[observed], segment, observed.nonzero().flatten())
+        acts = feature_acts[observed]
+        self._shown.observe(acts)
+        return self.monitor.observe_prompt(state, row, acts, segment, observed.nonzero().flatten())
 
     def _place(self, ids: Sequence[int]) -> tuple[Bool[Tensor, " m"], Int[Tensor, " k"]]:
         """Which of the tokens are text to be judged, and the segment that each of these belongs to."""

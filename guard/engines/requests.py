@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from guard.engines.decoding import Sampler
+from guard.engines.judging import Judging
 from guard.errors import GuardError, UnsupportedGenerationError
-from guard.events import Verdict
-from guard.monitor import Monitor
+from guard.events import SequenceReport, Verdict
 from guard.rules import BoundRule
 from guard.state import BatchState
 from guard.steering import Steering
+
+
+class Listener(Protocol):
+    """Who is told of one request's tokens, in place of the manager's queue. Called while the model waits."""
+
+    def advance(self, tokens: Sequence[int], verdicts: Sequence[Verdict], may_show: bool) -> bool:
+        """The judged tokens of the answer so far, and all verdicts. Returns whether the answer is to end with them."""
+
+    def end(self, tokens: Sequence[int], ended: bool, report: SequenceReport, error: str | None) -> None:
+        """The whole answer, judged; ended: by itself. error: why the manager could not go on with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guarded:
+    """How one request is guarded and whom it answers to."""
+
+    judging: Judging
+    sampler: Sampler | None = None
+    """Chooses its tokens in the manager's place; None leaves them to the manager."""
+    listener: Listener | None = None
 
 
 class Request:
@@ -25,9 +48,20 @@ class Request:
     """
 
     def __init__(
-        self, request_id: str, *, number: int, prompt: Sequence[int], limit: int | None, ends: Sequence[int], end: int
+        self,
+        request_id: str,
+        guarded: Guarded,
+        *,
+        number: int,
+        prompt: Sequence[int],
+        limit: int | None,
+        ends: Sequence[int],
+        end: int,
     ) -> None:
         self.request_id = request_id
+        self.judging = guarded.judging
+        self.sampler = guarded.sampler
+        self.listener = guarded.listener
         self.number = number
         """Its place among the requests, in the order in which they were added."""
         self.prompt = list(prompt)
@@ -55,10 +89,10 @@ class Request:
         """Whether it is to be stopped."""
         return self.state is not None and self.state.blocked[0]
 
-    def begin(self, monitor: Monitor) -> BatchState:
+    def begin(self) -> BatchState:
         """Its state, made if this is its first pass."""
         if self.state is None:
-            self.state = monitor.begin((self.request_id,))
+            self.state = self.judging.monitor.begin((self.request_id,))
         return self.state
 
     def unread(self, position: int, ids: Sequence[int]) -> int:
@@ -104,7 +138,7 @@ class Request:
 
     # ---- steering ----------------------------------------------------------------------------------------
 
-    def act(self, verdicts: Sequence[Verdict], bound: Mapping[str, BoundRule], monitor: Monitor, position: int) -> None:
+    def act(self, verdicts: Sequence[Verdict], position: int) -> None:
         """Let go of the rules that the last token released and put into force those that fired, from `position` on."""
         assert self.state is not None
         before = dict(self._in_force)
@@ -113,11 +147,12 @@ class Request:
         self.state.released.clear()
         for verdict in verdicts:
             if verdict.action == "steer":
-                self._in_force.setdefault(verdict.rule, bound[verdict.rule])
+                self._in_force.setdefault(verdict.rule, self.judging.bound[verdict.rule])
         if self._in_force.keys() == before.keys():
             return
         steering: Steering | None = None
         if self._in_force:
+            monitor = self.judging.monitor
             steering = Steering(monitor.bank, monitor.encoder, 1)
             for rule in self._in_force.values():
                 steering.steer(0, rule)

@@ -48,13 +48,13 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.monitor = monitor
         self.metrics = metrics
-        self._judging = Judging(monitor, tokenizer, metrics)
-        self.errors = self._judging.errors
+        self.judging = Judging(monitor, tokenizer, metrics)
+        self.errors = self.judging.errors
         self.state: BatchState | None = None
         self.reports: list[SequenceReport] = []
         self.pending_ids: tuple[str, ...] = ()
         self.end_ids = end_ids(model, tokenizer, {})
-        self._special = self._judging.special
+        self._special = self.judging.special
         self._expect_ends(self.end_ids)
         self._hooks = monitor.encoder.hook_names
         self._last_hook = max(self._hooks, key=execution_order)
@@ -74,8 +74,8 @@ class TransformersEngine:
         self._seconds = 0.0
         self._step_seconds: list[float] = []
         self._packed = False  # whether the pass in work is one of continuous batching
-        self.continuous = ContinuousBatching(model, self._judging, self._hooks, self._last_hook, self.end_ids[0])
-        self._capture = Capture(model, self._hooks, self._at_hook)
+        self.continuous = ContinuousBatching(model, self.judging, self.end_ids[0])
+        self._captures = {self._hooks: Capture(model, self._hooks, self._at_hook)}
         self._outer = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -89,12 +89,21 @@ class TransformersEngine:
     def close(self) -> None:
         """Remove the hooks and restore the model's methods. Continuous batching that is running is stopped first."""
         self.continuous.close()
-        self._capture.close()
+        for capture in self._captures.values():
+            capture.close()
         for handle in self._outer:
             handle.remove()
         for name in _REPLACED:
             vars(self.model).pop(name, None)
         self.drop()
+
+    def watch(self, hook_names: Sequence[str]) -> None:
+        """See further hook points too, for requests of continuous batching that another bank guards."""
+        known = {name for names in self._captures for name in names}
+        more = tuple(name for name in hook_names if name not in known)
+        if more:
+            with self.continuous.held():
+                self._captures[more] = Capture(self.model, more, self._at_hook)
 
     # ---- forward passes ----------------------------------------------------------------------------------
 
@@ -172,7 +181,7 @@ class TransformersEngine:
     def _at_hook(self, name: str, hidden: Tensor) -> Tensor | None:
         if self._packed:
             return self.continuous.at_hook(name, hidden)
-        if self._paused or self.state is None:
+        if self._paused or self.state is None or name not in self._hooks:
             return None
         if self._reading_again is not None:
             assert self._steering is not None
@@ -289,7 +298,7 @@ class TransformersEngine:
             valid = torch.ones_like(ids, dtype=torch.bool) if self._mask is None else self._mask[row]
             hidden = {name: x[row] for name, x in self._hidden.items()}
             where = valid.nonzero().flatten()
-            verdicts = self._judging.judge_prompt(state, row, ids[valid].tolist(), hidden, where)
+            verdicts = self.judging.judge_prompt(state, row, ids[valid].tolist(), hidden, where)
             self._act([(row, verdict) for verdict in verdicts])
 
     def _act(self, fired: Sequence[tuple[int, Verdict]]) -> None:
@@ -299,7 +308,7 @@ class TransformersEngine:
         if self.state.released:
             for row, label in self.state.released:
                 if self._steering is not None:
-                    self._steering.release(row, self._judging.bound[label])
+                    self._steering.release(row, self.judging.bound[label])
             self.state.released.clear()
         for row, verdict in fired:
             self.metrics.count_verdict(verdict)
@@ -307,11 +316,11 @@ class TransformersEngine:
                 if self._steering is None:
                     batch = len(self.state.request_ids)
                     self._steering = Steering(self.monitor.bank, self.monitor.encoder, batch)
-                self._steering.steer(row, self._judging.bound[verdict.rule])
+                self._steering.steer(row, self.judging.bound[verdict.rule])
 
     def _failed(self, error: Exception) -> None:
         """An internal error: counted, logged, and by default every sequence of the batch is stopped."""
-        self._judging.fail(error, [] if self.state is None else [self.state])
+        self.judging.fail(error, [] if self.state is None else [self.state])
 
     # ---- generate ----------------------------------------------------------------------------------------
 

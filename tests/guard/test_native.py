@@ -140,7 +140,7 @@ def test_a_response_outgrows_the_first_room(bank_of: MakeBank) -> None:
     assert state.count.tolist() == [2 * ROOM + 3] * 2
     acts = torch.stack(whole)[:, 1]
     judged = monitor.judge(acts, torch.zeros(len(acts), dtype=torch.long))
-    np.testing.assert_allclose(state.logits[1, : len(acts)], judged.logits.numpy(), atol=1e-3)
+    np.testing.assert_allclose(state.logits[1, : len(acts)], judged.logits, atol=1e-3)
 
 
 @needs_library

@@ -332,7 +332,7 @@ def test_a_rule_that_steers_what_has_no_decoder_is_refused_and_one_that_flags_is
     bank = make_bank(tmp_path / "bank", tiny_model, tiny_tokenizer)
     rows = {name: replace(part, W_dec=np.zeros_like(part.W_dec)) for name, part in bank.rows.items()}
     encoders_only = replace(bank, rows=rows)
-    heads = DomainHeads(bank, torch.device("cpu"))
+    heads = DomainHeads(bank)
     for action, steer in (("flag", None), ("steer", {"op": "ablate"})):
         rule = {"domain": "terror", "scope": ["response"], "action": action, **({"steer": steer} if steer else {})}
         policy = make_policy(rule)

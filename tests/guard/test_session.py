@@ -10,8 +10,8 @@ import pytest
 from feature_bank import DOMAINS
 from guard.errors import GuardError
 from guard.events import StreamEvent
+from guard.judge import sigmoid
 from guard.metrics import Metrics
-from guard.monitor import sigmoid
 from tests.factories import make_policy
 from tests.guard.conftest import VARIED, Attach
 

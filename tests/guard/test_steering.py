@@ -55,7 +55,7 @@ def rule(bank: Bank, steer: Steer, **target: str) -> BoundRule:
     """A rule that steers a domain, or what else is named, bound to the bank."""
     given = {"threshold": {"activation": 0.5}, **target} if target else {"domain": "violence"}
     policy = make_policy({**given, "action": "steer", "steer": steer.model_dump()})
-    heads = DomainHeads(bank, torch.device("cpu"))
+    heads = DomainHeads(bank)
     return bind_rules(policy, bank, heads, "response", streaming=True).rules[0]
 
 

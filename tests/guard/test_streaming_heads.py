@@ -6,18 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from feature_bank.bank import Bank
 from feature_bank.heads import agreement, moving_average
 from feature_bank.schema import Calibration, StreamingHead
-from guard.monitor import Monitor, sigmoid
+from guard.judge import sigmoid
+from guard.monitor import Monitor
 from tests.factories import make_policy
 from tests.guard.conftest import VARIED, MakeBank
 
 CPU = torch.device("cpu")
-SEGMENT = torch.zeros(40, dtype=torch.long)
+SEGMENT = np.zeros(40, dtype=np.int64)
 RULE = {"domain": "violence", "action": "flag", "threshold": {"probability": 0.6}}
 
 
@@ -44,7 +46,7 @@ def activations(bank: Bank, seed: int) -> torch.Tensor:
     return torch.rand(40, len(bank.features), generator=torch.Generator().manual_seed(seed)) * 1.5
 
 
-def expected_logits(bank: Bank, acts: torch.Tensor) -> torch.Tensor:
+def expected_logits(bank: Bank, acts: torch.Tensor) -> npt.NDArray[np.float32]:
     """(tokens, D), from the definition."""
     position = {f.id: i for i, f in enumerate(bank.features)}
     columns = []
@@ -53,10 +55,10 @@ def expected_logits(bank: Bank, acts: torch.Tensor) -> torch.Tensor:
         weight = torch.zeros(len(bank.features))
         weight[[position[f] for f in head.features]] = torch.tensor(head.streaming.weights)
         average = moving_average(
-            (acts.clamp_max(bank.pooling.ceiling) @ weight)[:, None], SEGMENT, bank.pooling.streamed
+            (acts.clamp_max(bank.pooling.ceiling) @ weight)[:, None].numpy(), SEGMENT, bank.pooling.streamed
         )
         columns.append(1.5 * (average + 0.25) - 0.3)
-    return torch.cat(columns, dim=1)
+    return np.concatenate(columns, axis=1)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -67,9 +69,9 @@ def test_a_response_is_judged_by_the_streaming_weights_over_the_streaming_window
     verdicts = [v for token in acts for _, v in monitor.observe_step(state, token[None])]
     monitor.finish(state)
     expected = expected_logits(bank, acts)
-    np.testing.assert_allclose(state.logits[0, :40], expected.numpy(), atol=1e-5)
-    best = agreement(expected, SEGMENT, bank.pooling.evidence_tokens, settled=bank.pooling.settle_tokens).amax(0)
-    np.testing.assert_allclose(state.best_response[0], best.numpy(), atol=1e-5)
+    np.testing.assert_allclose(state.logits[0, :40], expected, atol=1e-5)
+    best = agreement(expected, SEGMENT, bank.pooling.evidence_tokens, settled=bank.pooling.settle_tokens).max(0)
+    np.testing.assert_allclose(state.best_response[0], best, atol=1e-5)
     column = monitor.domains.index("violence")
     assert bool(verdicts) == (sigmoid(float(best[column])) >= 0.6)
 
@@ -77,13 +79,13 @@ def test_a_response_is_judged_by_the_streaming_weights_over_the_streaming_window
 def test_whole_texts_and_prompts_keep_theirs(bank: Bank, bank_of: MakeBank) -> None:
     acts = activations(bank, 7)
     with_streaming, plain = (Monitor(b, make_policy(RULE), CPU) for b in (bank, bank_of(**VARIED)))
-    assert torch.equal(with_streaming.judge(acts, SEGMENT).logits, plain.judge(acts, SEGMENT).logits)
+    np.testing.assert_array_equal(with_streaming.judge(acts, SEGMENT).logits, plain.judge(acts, SEGMENT).logits)
 
 
 def test_a_bank_without_them_streams_with_its_heads(bank_of: MakeBank) -> None:
     monitor = Monitor(bank_of(**VARIED), make_policy(RULE), CPU)
-    assert torch.equal(monitor.streaming_heads.weight, monitor.heads.weight)
-    assert torch.equal(monitor.streaming_heads.bias, monitor.heads.bias)
+    np.testing.assert_array_equal(monitor.streaming_heads.weight, monitor.heads.weight)
+    np.testing.assert_array_equal(monitor.streaming_heads.bias, monitor.heads.bias)
 
 
 @pytest.mark.native

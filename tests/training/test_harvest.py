@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,8 @@ from torch import Tensor
 from feature_bank.errors import DataError
 from feature_bank.layout import ROLES
 from guard.capture import truncated_forward
-from guard.monitor import Judged, Monitor
+from guard.judge import Judged
+from guard.monitor import Monitor
 from guard.policy import Policy
 from guard.text_scoring import TextScorer
 from tests.factories import HOOKS, hooks_of, make_bank
@@ -74,7 +76,7 @@ def test_what_is_harvested_is_what_the_guard_reads(
         read.update(hidden)
         return real_encode(hidden)
 
-    def judge(acts: Tensor, segment: Tensor) -> Judged:
+    def judge(acts: npt.NDArray[np.float32], segment: npt.NDArray[np.int64]) -> Judged:
         judged.append(len(acts))
         return real_judge(acts, segment)
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -159,7 +158,7 @@ def own_rules(options: Options) -> list[RuleKey]:
 
 def _own_rule(bank: Bank, item: Any) -> BoundRule:
     policy = Policy(name=_REQUEST, rules=(_steering_rule(item),))
-    heads = DomainHeads(bank, torch.device("cpu"), streaming=True)
+    heads = DomainHeads(bank, streaming=True)
     (bound,) = bind_rules(policy, bank, heads, "response", streaming=True).rules
     return bound
 

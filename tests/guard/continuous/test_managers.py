@@ -46,7 +46,7 @@ def test_a_stream_shows_a_token_only_after_it_was_judged(
         def watch(outputs: list[Any]) -> None:
             for output in outputs:
                 request = guard._engine.continuous._requests.get(output.request_id)
-                judged = 12 if request is None else int(request.begin(guard.monitor).count[0])
+                judged = 12 if request is None else int(request.begin().count[0])
                 observed.setdefault(output.request_id, []).append((len(output.generated_tokens), judged))
             deliver(outputs)
 

@@ -63,7 +63,7 @@ def bank(request: Any, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> 
 def rules(bank: Bank) -> dict[RuleKey, BoundRule]:
     clamp = {**CLAMP, "feature": bank.features[0].id}
     policy = make_policy(*({**rule, "action": "steer"} for rule in (ADD, clamp, ABLATE, BACK)))
-    table = bind_rules(policy, bank, DomainHeads(bank, CPU), "response", streaming=True)
+    table = bind_rules(policy, bank, DomainHeads(bank), "response", streaming=True)
     return {("", bound.rule.label): bound for bound in table.rules}
 
 

@@ -201,7 +201,7 @@ def bank(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Bank:
 @pytest.fixture
 def bound(bank: Bank) -> BoundRule:
     rule = {"domain": "violence", "action": "steer", "steer": {"op": "add", "strength": 2.0}, "name": "it"}
-    heads = DomainHeads(bank, CPU)
+    heads = DomainHeads(bank)
     return bind_rules(make_policy(rule), bank, heads, "response", streaming=True).rules[0]
 
 
