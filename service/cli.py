@@ -10,7 +10,22 @@ import typer
 from typer.core import TyperGroup
 
 from feature_bank.errors import SailguardError
-from service.commands import bank, chat, demo, evaluate, judge, policy, sae, score, serve, taxonomy, train
+from service.commands import (
+    audit,
+    bank,
+    chat,
+    demo,
+    evaluate,
+    export_onnx,
+    judge,
+    keys,
+    policy,
+    sae,
+    score,
+    serve,
+    taxonomy,
+    train,
+)
 from service.commands.terminal import plain
 
 __all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "build_app", "main"]
@@ -60,6 +75,9 @@ def build_app() -> typer.Typer:
     app.add_typer(policy.build_app(), name="policy")
     app.add_typer(sae.build_app(), name="sae")
     app.add_typer(taxonomy.build_app(), name="taxonomy")
+    app.add_typer(keys.build_app(), name="keys")
+    app.add_typer(audit.build_app(), name="audit")
+    app.command("export-onnx")(export_onnx.export_onnx)
     app.command(context_settings={"allow_extra_args": True})(serve.serve)
     return app
 

@@ -1,30 +1,56 @@
-"""What the routes need of a guarded model, and the real thing: a model with an attached guard."""
+"""What the routes need of an engine: what judges texts, and for some of them also generates answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 from service.errors import ApiError
 
 if TYPE_CHECKING:
-    from guard.events import SequenceReport, StreamEvent, TextScore
+    from feature_bank.bank import Bank
+    from feature_bank.layout import Role
+    from guard.errors import GuardError
+    from guard.events import SequenceReport, StreamEvent, TextScore, Trace
     from guard.metrics import Metrics
-    from guard.session import AttachedGuard
+    from guard.policy import Policy
+    from guard.serving import GenerationOptions, ServingGuard
     from service.settings import Settings
 
-__all__ = ["Engine", "EngineFactory", "EngineSlot", "ServedEngine"]
+__all__ = ["AnsweringEngine", "EngineFactory", "EngineSlot", "Generation", "ServedEngine", "TransformersEngine"]
 
 Message = Mapping[str, str]
 """One chat message: `role` (system, user or assistant) and `content`."""
 
+Heard = Callable[["StreamEvent | GuardError"], None]
+
+
+class Generation(Protocol):
+    """One answer under way."""
+
+    @property
+    def report(self) -> SequenceReport | None:
+        """What the guard has to say of it, once it has ended."""
+
 
 class ServedEngine(Protocol):
-    """A guarded model as the routes see it. One thread uses it at a time; calls may block for seconds."""
+    """One combination of a model, a bank and a policy; another bank or policy makes another engine.
+
+    `score`, `trace` and `reloaded` may take their time and are called on the model thread, one at a time.
+    """
 
     @property
     def model_id(self) -> str:
         """Name under which the model is served."""
+
+    @property
+    def bank(self) -> Bank:
+        """The feature bank."""
+
+    @property
+    def policy(self) -> Policy:
+        """The policy."""
 
     @property
     def bank_version(self) -> str:
@@ -42,26 +68,45 @@ class ServedEngine(Protocol):
     def metrics(self) -> Metrics:
         """Where the guard counts; `/metrics` shows it."""
 
-    def count_prompt(self, messages: Sequence[Message]) -> int:
-        """Tokens of `messages` under the chat template. Raises `ApiError` (400) if they do not fit it."""
+    @property
+    def generates(self) -> bool:
+        """Whether it answers chats, too: then it is an `AnsweringEngine`."""
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
-        stop: Sequence[str],
-    ) -> Iterator[StreamEvent]:
-        """Generate one answer; closing the iterator ends the generation after its current step."""
+    def score(self, texts: Sequence[str], roles: Sequence[Role]) -> Sequence[TextScore]:
+        """Judge `texts`, each in its role; one result each, in order."""
 
-    def last_report(self) -> SequenceReport:
-        """Report of the generation that ended last."""
+    def trace(self, text: str, role: Role) -> Trace:
+        """Judge one text and keep what every token showed."""
 
-    def score(self, texts: Sequence[str]) -> Sequence[TextScore]:
-        """Judge `texts`, one result each, in order."""
+    def reloaded(self, bank: Path | None, policy: Path | None) -> ServedEngine:
+        """The same model under another bank, another policy or both; None keeps what there is.
+
+        This engine stays as it is, with the requests that it has; it is not closed, for both share the model.
+        Raises a `SailguardError` if the bank or the policy cannot be used.
+        """
+
+    def close(self) -> None:
+        """Let go of what this engine alone holds."""
+
+
+class AnsweringEngine(ServedEngine, Protocol):
+    """An engine with a model that answers.
+
+    `prompt_ids` and `text_ids` are called on the model thread; `generate` and `cancel` return at once and may be called
+    from any thread.
+    """
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a chat. Raises `ApiError` (400) if the chat template does not take it."""
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued."""
+
+    def generate(self, ids: Sequence[int], options: GenerationOptions, heard: Heard) -> Generation:
+        """Begin one answer; `heard` is told of its events on another thread."""
+
+    def cancel(self, generation: Generation) -> None:
+        """End an answer; its place is free at once."""
 
 
 EngineFactory = Callable[["Metrics"], ServedEngine]
@@ -85,12 +130,14 @@ class EngineSlot:
         self.reason = reason
 
 
-class Engine:
-    """A model, its tokenizer and a guard attached to it."""
+class TransformersEngine:
+    """A language model in this process, under continuous batching, with a guard attached to it."""
 
-    def __init__(self, attached: AttachedGuard, model_id: str) -> None:
-        self._attached = attached
-        self._model_id = model_id
+    generates = True
+
+    def __init__(self, serving: ServingGuard, model_id: str) -> None:
+        self._serving = serving
+        self.model_id = model_id
 
     @classmethod
     def start(cls, settings: Settings, metrics: Metrics | None = None) -> Self:
@@ -100,80 +147,85 @@ class Engine:
         """
         from guard.core import Guard
         from guard.models import load_model
+        from guard.serving import ServingGuard
 
-        loaded = load_model(settings.model)
         guard = Guard.from_bank(settings.bank, policy=settings.policy, metrics=metrics)
-        attached = guard.attach(loaded.model, loaded.tokenizer)
-        return cls(attached, loaded.model_id)
+        loaded = load_model(settings.model)
+        serving = ServingGuard(guard, loaded.model, loaded.tokenizer, max_concurrent=settings.max_concurrent)
+        return cls(serving, loaded.model_id)
+
+    def reloaded(self, bank: Path | None, policy: Path | None) -> Self:
+        """The same model under another bank, another policy or both; None keeps what there is."""
+        from feature_bank.bank import Bank
+        from guard.core import Guard
+        from guard.policy import Policy
+
+        guard = Guard(
+            self.bank if bank is None else Bank.load(bank),
+            self.policy if policy is None else Policy.load(policy),
+            self.metrics,
+        )
+        return type(self)(self._serving.replaced(guard), self.model_id)
 
     def close(self) -> None:
-        """Remove the guard's hooks from the model."""
-        self._attached.close()
+        """End the answers of this engine and of those it was reloaded from, and remove the guard from the model."""
+        self._serving.close()
 
     @property
-    def model_id(self) -> str:
-        """Id of the loaded model."""
-        return self._model_id
+    def bank(self) -> Bank:
+        """The attached bank."""
+        return self._serving.guard.bank
+
+    @property
+    def policy(self) -> Policy:
+        """The policy."""
+        return self._serving.guard.policy
 
     @property
     def bank_version(self) -> str:
         """Version of the attached bank."""
-        return self._attached.guard.bank.version
+        return self.bank.version
 
     @property
     def policy_version(self) -> str:
         """Version of the policy."""
-        return self._attached.guard.policy.version
+        return self.policy.version
 
     @property
     def context_length(self) -> int:
         """Most tokens the model takes, prompt and answer together."""
-        return self._attached.context_length
+        return self._serving.context_length
 
     @property
     def metrics(self) -> Metrics:
         """Where the guard counts."""
-        return self._attached.guard.metrics
+        return self._serving.guard.metrics
 
-    def count_prompt(self, messages: Sequence[Message]) -> int:
-        """Tokens of `messages` under the chat template, with the start of the answer."""
-        import jinja2
+    def score(self, texts: Sequence[str], roles: Sequence[Role]) -> Sequence[TextScore]:
+        """Judge `texts`, each in its role."""
+        return self._serving.score(texts, roles)
 
-        from feature_bank.layout import chat_ids
+    def trace(self, text: str, role: Role) -> Trace:
+        """Judge one text and keep what every token showed."""
+        return self._serving.trace(text, role)
 
-        chat = [dict(message) for message in messages]
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a chat under the model's template."""
+        from guard.errors import GuardError
+
         try:
-            ids, _ = chat_ids(self._attached.tokenizer, chat, add_generation_prompt=True)
-        except (ValueError, jinja2.TemplateError) as error:
-            message = "The model's chat template does not take these messages: check the roles' order."
-            raise ApiError(400, message, param="messages", code="invalid_value") from error
-        return len(ids)
+            return self._serving.prompt_ids([dict(message) for message in messages])
+        except GuardError as error:
+            raise ApiError(400, f"{error}.", param="messages", code="invalid_value") from error
 
-    def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
-        stop: Sequence[str],
-    ) -> Iterator[StreamEvent]:
-        """Generate one answer under the guard."""
-        chat = [dict(message) for message in messages]
-        return self._attached.stream(
-            chat,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=tuple(stop),
-        )
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued."""
+        return self._serving.text_ids(text)
 
-    def last_report(self) -> SequenceReport:
-        """Report of the generation that ended last."""
-        return self._attached.reports[-1]
+    def generate(self, ids: Sequence[int], options: GenerationOptions, heard: Heard) -> Generation:
+        """Begin one answer."""
+        return self._serving.generate(ids, options, heard)
 
-    def score(self, texts: Sequence[str]) -> Sequence[TextScore]:
-        """Judge `texts`, one result each, in order."""
-        return self._attached.score(list(texts))
+    def cancel(self, generation: Generation) -> None:
+        """End an answer."""
+        self._serving.cancel(generation)  # type: ignore[arg-type]  # it is one of those that `generate` gave

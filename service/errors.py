@@ -18,16 +18,25 @@ __all__ = [
     "AsciiJSONResponse",
     "ClientGoneError",
     "SettingsError",
+    "admin_closed",
+    "audit_failed",
+    "body_too_slow",
     "context_length_exceeded",
     "error_response",
+    "forbidden",
+    "host_not_allowed",
     "install_error_handlers",
     "internal_error",
     "invalid_json",
     "invalid_key",
     "model_not_found",
     "not_ready",
+    "origin_not_allowed",
     "overloaded",
+    "rate_limited",
+    "timed_out",
     "too_large",
+    "too_many_open",
 ]
 
 
@@ -91,6 +100,53 @@ def invalid_key() -> ApiError:
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
+def forbidden(role: str) -> ApiError:
+    """403 for a key whose role does not open the endpoint."""
+    message = f"A key of the role '{role}' may not do this: use a key of another role; docs/server.md has the table."
+    return ApiError(403, message, code="insufficient_permissions")
+
+
+def admin_closed() -> ApiError:
+    """403 for `/admin` of a server that has no key for it."""
+    message = "The server has no admin key, so /admin is closed: set SAILGUARD_ADMIN_KEYS, or make a key of that role."
+    return ApiError(403, message, code="admin_closed")
+
+
+def host_not_allowed() -> ApiError:
+    """403 for a `Host` that is not this machine; a page that rebinds its own name to it must not get through."""
+    message = (
+        "A server without keys answers only to this machine's own names, such as localhost and 127.0.0.1: "
+        "use one of them, or add the name to SAILGUARD_ALLOWED_HOSTS."
+    )
+    return ApiError(403, message, code="host_not_allowed")
+
+
+def origin_not_allowed() -> ApiError:
+    """403 for a request that a page of another site makes in somebody's browser."""
+    message = "A server without keys takes no requests of other sites' pages: see SAILGUARD_CORS_ORIGINS."
+    return ApiError(403, message, code="origin_not_allowed")
+
+
+def body_too_slow(seconds: float) -> ApiError:
+    """408 for a body that was not complete after `seconds`; the connection is closed."""
+    message = f"The request body was not complete after {seconds:g} s."
+    return ApiError(408, message, code="request_timeout", headers={"Connection": "close"})
+
+
+def rate_limited(retry_after: int, rate: str) -> ApiError:
+    """429 for a sender who has used up `rate`; `retry_after` is in seconds."""
+    message = f"The limit of {rate} is reached: try again in {retry_after} s."
+    headers = {"Retry-After": str(retry_after)}
+    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+
+def too_many_open(most: int) -> ApiError:
+    """429 for a sender who has `most` requests open already."""
+    message = f"There are {most} open requests already, which is the limit: wait for one to end."
+    headers = {"Retry-After": "1"}
+    return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+
 def too_large(limit: int) -> ApiError:
     """413 for a body over `limit` bytes; the connection is closed, since the rest of it stays unread."""
     message = f"The request body is larger than {limit} bytes: send less text, or raise max_body_bytes."
@@ -110,13 +166,26 @@ def not_ready(reason: str) -> ApiError:
     return ApiError(503, reason, kind="service_unavailable", code="not_ready", headers=headers)
 
 
-def context_length_exceeded(limit: int, tokens: int) -> ApiError:
+def timed_out(seconds: float) -> ApiError:
+    """504 for a request that took longer than it may."""
+    message = f"The request took longer than {seconds:g} s: ask for fewer tokens, or raise request_timeout."
+    return ApiError(504, message, kind="timeout_error", code="request_timeout")
+
+
+def audit_failed() -> ApiError:
+    """503 for a verdict that could not be put on record, under a policy that wants it to be."""
+    message = "The verdict could not be put on record, so nothing goes out: see the server's log."
+    headers = {"Retry-After": "5"}
+    return ApiError(503, message, kind="server_error", code="audit_failed", headers=headers)
+
+
+def context_length_exceeded(limit: int, tokens: int, param: str = "messages") -> ApiError:
     """400 for a prompt of `tokens` tokens that leaves no room in a context of `limit` tokens."""
     message = (
-        f"This model's maximum context length is {limit} tokens, but the messages hold {tokens} tokens "
-        "and at least one has to be left for the answer: shorten the messages."
+        f"This model's maximum context length is {limit} tokens, but the {param} holds {tokens} tokens "
+        f"and at least one has to be left for the answer: shorten the {param}."
     )
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def invalid_json(problem: str) -> ApiError:
@@ -153,7 +222,7 @@ async def _on_http_error(request: Request, error: Exception) -> AsciiJSONRespons
 async def _on_invalid_request(request: Request, error: Exception) -> AsciiJSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]
+    place = first["loc"][1:] if first["loc"][:1] and first["loc"][0] in ("body", "query", "path") else first["loc"]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     param = path.lstrip(".") or None
     context = first.get("ctx") or {}

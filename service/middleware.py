@@ -1,7 +1,8 @@
-"""What surrounds every route: request ids and logs, security headers, API keys, body limit, strict JSON."""
+"""What surrounds every route: request ids and logs, security headers, the body's size and pace, strict JSON."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import traceback
@@ -17,25 +18,45 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feature_bank.layout import clean
-from service.errors import error_response, internal_error, invalid_json, invalid_key, too_large
+from service.errors import body_too_slow, error_response, internal_error, invalid_json, too_large
 
 if TYPE_CHECKING:
     from guard.metrics import Metrics
-    from service.settings import KeyRing
 
-__all__ = ["BodyLimit", "JsonRoute", "KeyCheck", "Record", "RequestLog"]
+__all__ = ["BodyLimit", "JsonRoute", "Record", "RequestLog"]
 
-_ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/moderations": "moderations"}
-_OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_ENDPOINTS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/moderations": "moderations",
+    "/v1/traces": "traces",
+    "/v1/events": "events",
+}
+_BRANCHES = {"/v1/features": "features", "/v1/models": "models", "/admin": "admin"}
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+# A route that serves a page says itself what the page may load.
+_UNLESS_SET = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 _CLIENT_GONE = 499
+_DEEPEST_JSON = 64
 
 
 @dataclass(slots=True)
 class Record:
-    """What is known of one request for its log line. It never holds text of a prompt or an answer."""
+    """What is known of one request for its log line. It never holds text of a prompt or an answer.
+
+    `principal` is the id of the key, never the key, and `role` what it may do. `refused` says which limit or check
+    turned the request away, as `Metrics.count_refusal` names it.
+    """
 
     request_id: str
+    principal: str | None = None
+    role: str | None = None
+    refused: str | None = None
     status: int = 0
     action: str | None = None
     client_gone: bool = False
@@ -60,6 +81,7 @@ class Record:
 class RequestLog:
     """Outermost layer: request id, security headers, one log line and one observation a request.
 
+    The id is always made here: what a client sends in `X-Request-Id` or `traceparent` could be anybody's, or anything.
     An exception that no handler took becomes a bare 500; its text stays out of response and log.
     """
 
@@ -76,6 +98,9 @@ class RequestLog:
         began = time.monotonic()
         record = Record(f"req_{uuid.uuid4().hex}")
         scope["sailguard.record"] = record
+        endpoint = _endpoint(scope["path"])
+        if endpoint is not None:
+            self._metrics.in_flight(1)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -83,6 +108,8 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers[name] = value
+                for name, value in _UNLESS_SET.items():
+                    headers.setdefault(name, value)
                 headers["X-Request-Id"] = record.request_id
             await send(message)
 
@@ -94,16 +121,19 @@ class RequestLog:
                 return  # Half a response is out already; the server cuts the connection.
             await error_response(internal_error())(scope, receive, send_with_headers)
         finally:
-            self._finish(scope, record, time.monotonic() - began)
+            self._finish(scope, record, endpoint, time.monotonic() - began)
 
-    def _finish(self, scope: Scope, record: Record, seconds: float) -> None:
+    def _finish(self, scope: Scope, record: Record, endpoint: str | None, seconds: float) -> None:
         status = _CLIENT_GONE if record.client_gone else record.status
-        endpoint = _ENDPOINTS.get(scope["path"])
         if endpoint is not None:
+            self._metrics.in_flight(-1)
             self._metrics.observe_request(seconds, endpoint=endpoint, status=status)
+        if record.refused is not None:
+            self._metrics.count_refusal(record.refused)
         # The path is free text of the client's; the route's template is not.
         fields = {
             "request_id": record.request_id,
+            "key_id": record.principal,
             "route": getattr(scope.get("route"), "path", None),
             "status": status,
             "action": record.action,
@@ -115,52 +145,45 @@ class RequestLog:
             self._logger.info("request", **fields)
 
 
-class KeyCheck:
-    """Refuses requests without an accepted API key, before their body is read. Without keys all may pass."""
-
-    def __init__(self, app: ASGIApp, *, keys: KeyRing, open_metrics: bool) -> None:
-        self._app = app
-        self._keys = keys
-        self._open = _OPEN_PATHS | ({"/metrics"} if open_metrics else set())
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        guarded = scope["type"] == "http" and self._keys and scope["path"] not in self._open
-        if guarded and not self._accepts(scope):
-            await error_response(invalid_key())(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _accepts(self, scope: Scope) -> bool:
-        found = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, key = (found[0] if len(found) == 1 else b"").partition(b" ")
-        return scheme.lower() == b"bearer" and self._keys.accepts(key.strip())
-
-
 class BodyLimit:
-    """Refuses bodies over `limit` bytes: by their declared length, or as soon as they grow beyond it."""
+    """Refuses bodies over `limit` bytes, by their declared length or as soon as they grow beyond it, and bodies that
+    are not complete after `seconds`."""
 
-    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+    def __init__(self, app: ASGIApp, *, limit: int, seconds: float | None = None) -> None:
         self._app = app
         self._limit = limit
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        record = scope["sailguard.record"]
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self._limit:
+            record.refused = "size"
             await error_response(too_large(self._limit))(scope, receive, send)
             return
-        received = 0
+        received, complete = 0, False
+        deadline = None if self._seconds is None else asyncio.get_running_loop().time() + self._seconds
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            if complete:  # what is still to come is the end of the connection, which may take as long as it likes
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                assert self._seconds is not None
+                record.refused = "timeout"
+                raise body_too_slow(self._seconds) from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
                 if received > self._limit:
+                    record.refused = "size"
                     raise too_large(self._limit)
             return message
 
@@ -174,6 +197,8 @@ class _JsonRequest(Request):
         try:
             text = (await self.body()).decode("utf-8")
             value = json.loads(text, parse_constant=_refuse_constant)
+            if text.count("[") + text.count("{") > _DEEPEST_JSON:
+                _refuse_deep(value)
             # Strict UTF-8 holds no surrogates, so only an escape can bring one in.
             return _without_surrogates(value) if "\\u" in text else value
         except UnicodeDecodeError:
@@ -197,6 +222,23 @@ class JsonRoute(APIRoute):
             return await handler(_JsonRequest(request.scope, request.receive))
 
         return handle
+
+
+def _endpoint(path: str) -> str | None:
+    """The short name under which a request is counted; none for a path that is nobody's or not worth it."""
+    if path in _ENDPOINTS:
+        return _ENDPOINTS[path]
+    return next((name for place, name in _BRANCHES.items() if path == place or path.startswith(f"{place}/")), None)
+
+
+def _refuse_deep(value: Any) -> None:
+    level = [value] if isinstance(value, (list, dict)) else []
+    for _ in range(_DEEPEST_JSON):
+        inner = (item for part in level for item in (part.values() if isinstance(part, dict) else part))
+        level = [item for item in inner if isinstance(item, (list, dict))]
+        if not level:
+            return
+    raise RecursionError
 
 
 def _refuse_constant(name: str) -> NoReturn:

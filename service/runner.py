@@ -1,8 +1,7 @@
-"""All model work happens on one thread, one job at a time; this module queues it and hands results back.
+"""The model thread: everything that blocks runs there, one call at a time, and texts to judge are put together there.
 
-A job is a generator. It runs on the model thread at the model's own pace, whatever the client's reading
-speed, and what it yields reaches the event loop through an async iterator. Closing a job takes a waiting
-one out of the queue and ends a running one after its current step.
+Requests that want texts judged wait in a bounded queue. Whenever the thread is free it takes a batch: a few texts of
+each waiting request in turn, so that one with hundreds of texts does not keep the others waiting.
 """
 
 from __future__ import annotations
@@ -10,196 +9,165 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
-from starlette.requests import Request
-
-from service.errors import ClientGoneError, not_ready, overloaded
+from service.errors import not_ready, overloaded
 
 if TYPE_CHECKING:
+    from feature_bank.layout import Role
+    from guard.events import TextScore
     from guard.metrics import Metrics
-    from service.engine import EngineSlot, ServedEngine
-    from service.settings import Settings
+    from service.engine import ServedEngine
 
-__all__ = ["Job", "Runner", "Services"]
+__all__ = ["Runner", "retry_after"]
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """Last entry of a job's queue; `error` is raised in the reader."""
-
-    error: BaseException | None = None
+_TURN = 8  # texts that one request has in a batch while others wait
+_BATCH = 32  # texts of one batch
+_BATCH_CHARACTERS = 16384  # of one batch, if it holds more than one text
 
 
-class Job(Generic[T]):
-    """One unit of model work, read with `async for` on the event loop that submitted it."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Waiting:
+    """A request's texts, and what is known of them so far."""
 
-    def __init__(self, work: Callable[[], Generator[T]], loop: asyncio.AbstractEventLoop) -> None:
-        self._work = work
-        self._loop = loop
-        self._entries: asyncio.Queue[T | _End] = asyncio.Queue()
-        self._stop = threading.Event()
-        self._future: Future[None] | None = None
-        self._finished = False
+    engine: ServedEngine
+    texts: Sequence[str]
+    roles: Sequence[Role]
+    done: asyncio.Future[None]
+    scores: list[TextScore] = field(default_factory=list)
 
     @property
-    def finished(self) -> bool:
-        """Whether everything that the job yielded has been read."""
-        return self._finished
-
-    def __aiter__(self) -> AsyncIterator[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        if self._finished:
-            raise StopAsyncIteration
-        entry = await self._entries.get()
-        if isinstance(entry, _End):
-            self._finished = True
-            if entry.error is not None:
-                raise entry.error
-            raise StopAsyncIteration
-        return entry
-
-    def close(self) -> None:
-        """End the job. May be called at any time and more than once, on the event loop's thread."""
-        self._stop.set()
-        if self._future is not None:
-            self._future.cancel()
-
-    def abandon(self) -> None:
-        """End the job because its client is gone: the reader gets a `ClientGoneError`."""
-        self.close()
-        self._entries.put_nowait(_End(ClientGoneError("the client closed the connection")))
-
-    @contextlib.asynccontextmanager
-    async def until_disconnect(self, request: Request) -> AsyncIterator[None]:
-        """Abandon the job if the client goes away inside the `with` block. The body must have been read."""
-        watcher = asyncio.create_task(self._watch(request))
-        try:
-            yield
-        finally:
-            watcher.cancel()
-            await asyncio.wait([watcher])
-
-    async def _watch(self, request: Request) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        self.abandon()
-
-    def run(self) -> None:
-        """Do the work; called once, on the model thread."""
-        if self._stop.is_set():
-            return
-        with contextlib.closing(self._work()) as items:
-            for item in items:
-                if self._stop.is_set():
-                    return
-                self._loop.call_soon_threadsafe(self._entries.put_nowait, item)
-
-    def start(self, executor: ThreadPoolExecutor, on_end: Callable[[], None]) -> None:
-        """Queue the job; `on_end` is called on the event loop once it holds the model thread no more."""
-
-        def ended(future: Future[None]) -> None:
-            error = None if future.cancelled() else future.exception()
-            # A loop that is closed already has no reader left.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(finish, error)
-
-        def finish(error: BaseException | None) -> None:
-            on_end()
-            self._entries.put_nowait(_End(error))
-
-        self._future = executor.submit(self.run)
-        self._future.add_done_callback(ended)
+    def gone(self) -> bool:
+        return self.done.done()
 
 
 class Runner:
-    """The model thread and the bounded queue in front of it.
+    """The model thread and the texts that wait for it. The methods belong to the event loop's thread.
 
-    At most one job runs and `max_queue` wait. The methods belong to the event loop's thread.
+    max_queue: requests whose texts may wait; one more is refused.
     """
 
     def __init__(self, *, max_queue: int, metrics: Metrics) -> None:
         self._max_queue = max_queue
         self._metrics = metrics
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sailguard-model")
-        self._jobs: set[Job[Any]] = set()
-        self._typical_seconds = 1.0
+        self._waiting: deque[_Waiting] = deque()
+        self._pump: asyncio.Task[None] | None = None
+        self._typical_seconds = 0.1
+        self._closed = False
 
     @property
-    def pending(self) -> int:
-        """Jobs that run or wait."""
-        return len(self._jobs)
-
-    def submit(self, work: Callable[[], Generator[T]]) -> Job[T]:
-        """Queue `work`. Raises `ApiError` (429, with Retry-After) if the queue is full."""
-        if len(self._jobs) > self._max_queue:
-            seconds = math.ceil(self._typical_seconds * len(self._jobs))
-            raise overloaded(min(max(seconds, 1), 60))
-        began: list[float] = []
-
-        def timed() -> Generator[T]:
-            began.append(time.monotonic())
-            with contextlib.closing(work()) as items:
-                yield from items
-
-        job = Job(timed, asyncio.get_running_loop())
-
-        def on_end() -> None:
-            self._jobs.discard(job)
-            self._publish()
-            if began:
-                self._typical_seconds += 0.2 * (time.monotonic() - began[0] - self._typical_seconds)
-
-        self._jobs.add(job)
-        self._publish()
-        job.start(self._executor, on_end)
-        return job
+    def waiting(self) -> int:
+        """Requests whose texts wait or are being judged."""
+        return len(self._waiting)
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run `function` on the model thread, past the queue's limit; for starting and closing an engine."""
+        """Run `function` on the model thread, after what it is doing."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
-    def close_jobs(self) -> None:
-        """End every job, after its current step."""
-        for job in tuple(self._jobs):
-            job.close()
+    async def judge(self, engine: ServedEngine, texts: Sequence[str], roles: Sequence[Role]) -> list[TextScore]:
+        """Judge `texts`, each in its role, together with those of other requests. A cancelled call leaves the queue.
+
+        Raises `ApiError` (429, with Retry-After) if the queue is full, or (503) after `close`, and whatever the engine
+        raises.
+        """
+        if not texts:
+            return []
+        if self._closed:
+            raise not_ready("The server is shutting down.")
+        if len(self._waiting) > self._max_queue:
+            self._metrics.count_refusal("queue")
+            raise overloaded(retry_after(self._typical_seconds * len(self._waiting)))
+        loop = asyncio.get_running_loop()
+        mine = _Waiting(engine=engine, texts=texts, roles=roles, done=loop.create_future())
+        self._waiting.append(mine)
+        self._metrics.queued(1)
+        if self._pump is None or self._pump.done():
+            self._pump = loop.create_task(self._judge_all())
+        try:
+            await mine.done
+        finally:
+            self._metrics.queued(-1)
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(mine)
+        return mine.scores
 
     def close(self) -> None:
-        """End every job and the model thread; does not wait for the current step."""
-        self.close_jobs()
+        """End the model thread after its current step; what waits is cancelled."""
+        self._closed = True
+        for request in tuple(self._waiting):
+            request.done.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _publish(self) -> None:
-        self._metrics.set_queue_depth(max(len(self._jobs) - 1, 0))
+    async def _judge_all(self) -> None:
+        while self._waiting and not self._closed:
+            batch = self._next_batch()
+            if not batch:
+                continue
+            began = time.monotonic()
+            await self._judge_batch(batch)
+            self._typical_seconds += 0.2 * (time.monotonic() - began - self._typical_seconds)
+
+    def _next_batch(self) -> list[tuple[_Waiting, int]]:
+        """(request, how many of its next texts) of the next batch, all for the engine of the request in front."""
+        for request in [request for request in self._waiting if request.gone]:
+            self._waiting.remove(request)
+        if not self._waiting:
+            return []
+        engine, texts, characters = self._waiting[0].engine, 0, 0
+        batch: list[tuple[_Waiting, int]] = []
+        share = _BATCH if len(self._waiting) == 1 else _TURN
+        for request in self._waiting:
+            if request.engine is not engine:
+                continue
+            first, taken = len(request.scores), 0
+            for text in request.texts[first : first + share]:
+                characters += len(text)
+                if texts and (texts == _BATCH or characters > _BATCH_CHARACTERS):
+                    break
+                texts, taken = texts + 1, taken + 1
+            if taken:
+                batch.append((request, taken))
+        for request, _ in batch:  # whoever had a turn stands behind those that had none
+            self._waiting.remove(request)
+            self._waiting.append(request)
+        return batch
+
+    async def _judge_batch(self, batch: Sequence[tuple[_Waiting, int]]) -> None:
+        engine = batch[0][0].engine
+        texts: list[str] = []
+        roles: list[Role] = []
+        for request, count in batch:
+            part = slice(len(request.scores), len(request.scores) + count)
+            texts += request.texts[part]
+            roles += request.roles[part]
+        try:
+            scores = list(await self.call(lambda: engine.score(texts, roles)))
+            if len(scores) != len(texts):
+                raise RuntimeError(f"{len(texts)} texts were to be judged, {len(scores)} were")
+        except Exception as error:  # noqa: BLE001 - it is raised in the request that it belongs to
+            if len(batch) > 1:  # one request's text is not to fail the others'
+                for one in batch:
+                    if not one[0].gone:
+                        await self._judge_batch([one])
+            elif not batch[0][0].gone:
+                batch[0][0].done.set_exception(error)
+            return
+        self._metrics.observe_batch(len(texts))
+        for request, count in batch:
+            request.scores += scores[:count]
+            scores = scores[count:]
+            if len(request.scores) == len(request.texts) and not request.gone:
+                request.done.set_result(None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Services:
-    """What the routes share; it hangs on `app.state.services`."""
-
-    settings: Settings
-    metrics: Metrics
-    runner: Runner
-    slot: EngineSlot
-
-    @classmethod
-    def of(cls, request: Request) -> Services:
-        """Return the services of the application that serves `request`."""
-        services = request.app.state.services
-        assert isinstance(services, cls)
-        return services
-
-    def engine(self) -> ServedEngine:
-        """Return the engine. Raises `ApiError` (503) while there is none."""
-        if self.slot.engine is None:
-            raise not_ready(self.slot.reason)
-        return self.slot.engine
+def retry_after(seconds: float) -> int:
+    """Whole seconds for a Retry-After header: at least one, at most a minute."""
+    return min(max(math.ceil(seconds), 1), 60)

@@ -7,7 +7,7 @@ that return JSON-ready dictionaries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,8 @@ __all__ = [
     "ACTION_HEADER",
     "MODEL_ALIAS",
     "ChatRequest",
+    "CompletionRequest",
+    "GenerationRequest",
     "ModerationRequest",
     "guard_block",
     "moderation_result",
@@ -36,6 +38,8 @@ MODEL_ALIAS = "sailguard"
 """Model name that every server accepts beside the id of the model it serves."""
 
 MAX_CHOICES = 8
+MAX_MESSAGES = 1024
+MAX_PROMPTS = 32
 MAX_STOPS = 4
 MAX_INPUTS = 256
 
@@ -59,29 +63,33 @@ _CATEGORIES = (
 _CATEGORY_OF = {"pornography": "sexual", "violence": "violence"}
 """Domains that mean what an OpenAI category means; the others stand in the `sailguard` block alone."""
 
-# Parameters that would change the answer and are not implemented, with the values that change nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "frequency_penalty": (None, 0),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),
-    "prediction": (None,),
-    "presence_penalty": (None, 0),
-    "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "store": (None, False),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "web_search_options": (None,),
+_SEEDS = 9_223_372_036_854_776_000  # 2 ** 63, rounded as it is where it stands in the OpenAPI document
+
+# Between fields, and checked by validators; pydantic does not know how to say it.
+_OPTIONS_OF_A_STREAM: dict[str, Any] = {
+    "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},
+    "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+}
+_ONE_LIMIT: dict[str, Any] = {
+    "not": {
+        "properties": {"max_tokens": {"type": "integer"}, "max_completion_tokens": {"type": "integer"}},
+        "required": ["max_tokens", "max_completion_tokens"],
+    }
 }
 
 # Parameters that never change an answer; accepted and left alone.
 _WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"})
+
+
+def _as_int(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Text = Annotated[str, Field(min_length=1)]
+# 2.0 is an integer on the wire.
+_Tokens = Annotated[StrictInt, Field(ge=1), BeforeValidator(_as_int)]
+_Seed = Annotated[StrictInt, Field(ge=-_SEEDS, le=_SEEDS), BeforeValidator(_as_int)]
+_Choices = Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES), BeforeValidator(_as_int)]
 
 
 class TextPart(BaseModel):
@@ -112,11 +120,17 @@ def _as_list(value: object) -> object:
 class ChatMessage(BaseModel):
     """One message of a conversation; list content is joined to one string."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_parts, json_schema_input_type=str | list[TextPart])]
+    """Who speaks; `developer` means the same as `system`."""
+    content: Annotated[
+        str,
+        BeforeValidator(_join_parts, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)]),
+    ]
+    """What is said: text, or parts of it that are joined."""
     name: str | None = None
+    """Taken and left out; the model does not see it."""
 
     def for_model(self) -> dict[str, str]:
         """The message for a chat template: developer messages are system messages, names are left out."""
@@ -126,30 +140,48 @@ class ChatMessage(BaseModel):
 class StreamOptions(BaseModel):
     """Options of a streamed answer."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     include_usage: StrictBool = False
+    """Whether one more event, the last, tells the tokens of the whole request."""
     include_obfuscation: StrictBool = False
+    """Taken and left alone: nothing is padded."""
 
 
-class ChatRequest(BaseModel):
-    """Body of `POST /v1/chat/completions`."""
+class GenerationRequest(BaseModel):
+    """What the bodies of chats and completions have in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, json_schema_extra={"allOf": [_OPTIONS_OF_A_STREAM]}
+    )
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    """One of the names that `GET /v1/models` lists."""
     stream: StrictBool | None = None
+    """Whether the answer comes as server-sent events."""
     stream_options: StreamOptions | None = None
-    max_tokens: StrictInt | None = Field(default=None, ge=1)
-    max_completion_tokens: StrictInt | None = Field(default=None, ge=1)
+    """Only with `stream`."""
+    max_tokens: _Tokens | None = None
+    """Most tokens of one choice; the server has a cap of its own."""
     temperature: float | None = Field(default=None, ge=0.0, le=2.0, strict=True)
+    """How far the model may stray from what is likeliest; 0 takes the likeliest token. 1 if left out."""
     top_p: float | None = Field(default=None, ge=0.0, le=1.0, strict=True)
-    seed: StrictInt | None = Field(default=None, ge=-(2**63), lt=2**63)
+    """Only the likeliest tokens that make up this share are drawn from. 1 if left out."""
+    seed: _Seed | None = None
+    """The same seed gives the same answer; each further choice has the next one."""
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]] | None,
+        list[_Text] | None,
         Field(max_length=MAX_STOPS),
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None),
+        BeforeValidator(
+            _as_list, json_schema_input_type=_Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)] | None
+        ),
     ] = None
-    n: StrictInt | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    """Texts before which an answer ends."""
+    n: _Choices | None = None
+    """Choices, for each prompt. 1 if left out."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Parameters that would change the answer and are not implemented, with the values that change nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -160,8 +192,8 @@ class ChatRequest(BaseModel):
         for name, value in body.items():
             if name in cls.model_fields:
                 kept[name] = value
-            elif name in _UNSUPPORTED:
-                if not _changes_nothing(name, value):
+            elif name in cls.unsupported:
+                if not _is_one_of(value, cls.unsupported[name]):
                     raise PydanticCustomError(
                         "unsupported_parameter",
                         "Unsupported parameter: '{param}' is not supported by this server; leave it out.",
@@ -176,13 +208,7 @@ class ChatRequest(BaseModel):
         return kept
 
     @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise PydanticCustomError(
-                "invalid_value",
-                "Set one of 'max_tokens' and 'max_completion_tokens', not both.",
-                {"param": "max_tokens"},
-            )
+    def _options_of_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "invalid_value",
@@ -194,20 +220,97 @@ class ChatRequest(BaseModel):
     @property
     def token_limit(self) -> int | None:
         """Most tokens that one choice may have, if the request says."""
+        return self.max_tokens
+
+
+class ChatRequest(GenerationRequest):
+    """Body of `POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [_OPTIONS_OF_A_STREAM, _ONE_LIMIT]})
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    """The conversation so far."""
+    max_completion_tokens: _Tokens | None = None
+    """The newer name of `max_tokens`; one of the two."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "audio": (None,),
+        "frequency_penalty": (None, 0),
+        "function_call": (None, "none"),
+        "functions": (None, []),
+        "logit_bias": (None, {}),
+        "logprobs": (None, False),
+        "modalities": (None, ["text"]),
+        "parallel_tool_calls": (None, True, False),
+        "prediction": (None,),
+        "presence_penalty": (None, 0),
+        "reasoning_effort": (None, "none"),
+        "response_format": (None, {"type": "text"}),
+        "store": (None, False),
+        "tool_choice": (None, "none", "auto"),
+        "tools": (None, []),
+        "top_logprobs": (None, 0),
+        "web_search_options": (None,),
+    }
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise PydanticCustomError(
+                "invalid_value",
+                "Set one of 'max_tokens' and 'max_completion_tokens', not both.",
+                {"param": "max_tokens"},
+            )
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens that one choice may have, if the request says."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of `POST /v1/completions`: plain text that is continued, without a chat template."""
+
+    prompt: Annotated[
+        list[_Text],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(
+            _as_list,
+            json_schema_input_type=_Text | Annotated[list[_Text], Field(min_length=1, max_length=MAX_PROMPTS)],
+        ),
+    ]
+    """One text or several."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "frequency_penalty": (None, 0),
+        "logit_bias": (None, {}),
+        "logprobs": (None,),
+        "presence_penalty": (None, 0),
+        "suffix": (None, ""),
+    }
 
 
 class ModerationRequest(BaseModel):
     """Body of `POST /v1/moderations`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     input: Annotated[
         list[str],
         Field(min_length=1, max_length=MAX_INPUTS),
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+        BeforeValidator(
+            _as_list,
+            json_schema_input_type=str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)],
+        ),
     ]
+    """One text or several."""
     model: str | None = None
+    """One of the names that `GET /v1/models` lists, or none."""
+    role: Literal["prompt", "response", "passage"] = "prompt"
+    """What the texts are: a user's request, an answer to one, or text of neither kind."""
 
 
 def strongest(actions: Sequence[str]) -> str:
@@ -277,10 +380,9 @@ def _domain_block(score: TextScore, domain: str) -> dict[str, Any]:
     }
 
 
-def _changes_nothing(name: str, value: object) -> bool:
-    """Whether the unsupported parameter `name` may be left out without changing the answer."""
+def _is_one_of(value: object, known: Sequence[Any]) -> bool:
     # False equals 0 in Python, not on the wire.
-    return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in _UNSUPPORTED[name])
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
 
 
 def _highest(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from service.errors import ApiError, error_response
 from service.schemas import ACTION_HEADER, MODEL_ALIAS, ModerationRequest, guard_block, moderation_result, strongest
 
 if TYPE_CHECKING:
@@ -122,6 +123,9 @@ async def create_moderation(body: ModerationRequest, request: Request) -> Respon
 
     from guard.engines.vllm.frontend import current
 
+    if body.role != "prompt":
+        message = f"role: vLLM's server judges prompts only, not {body.role!r}; the sidecar judges all roles."
+        return error_response(ApiError(400, message, param="role", code="invalid_value"))
     state, guard = request.app.state, current().guard
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_judge(state, text)) for text in body.input]

@@ -2,43 +2,71 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.commands.options import BankOption, ModelOption, PolicyOption
+from service.commands.options import BankOption, PolicyOption
 from service.commands.terminal import error_console
 
 if TYPE_CHECKING:
+    from guard.metrics import Metrics
+    from service.engine import ServedEngine
     from service.settings import Settings
 
-__all__ = ["serve"]
+__all__ = ["run_server", "serve"]
 
 
 class EngineName(StrEnum):
     """What runs the model."""
 
     TRANSFORMERS = "transformers"
+    ONNX = "onnx"
     VLLM = "vllm"
 
 
 def serve(
     context: typer.Context,
     engine: Annotated[
-        EngineName, typer.Option("--engine", help="What runs the model: transformers in this process, or vLLM.")
-    ] = EngineName.TRANSFORMERS,
+        EngineName | None,
+        typer.Option(
+            "--engine",
+            help="What runs the model: transformers in this process, onnx (judges texts only, needs no torch), or "
+            "vLLM. Default: transformers; onnx with --upstream.",
+        ),
+    ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on. Default: 127.0.0.1")] = None,
     port: Annotated[
         int | None, typer.Option("--port", min=0, max=65535, help="0 picks a free one. Default: 8801")
     ] = None,
-    model: ModelOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="FOLDER|HUB-ID",
+            help="Model to load. Default: the embedded one. With --engine onnx the folder that `sailguard "
+            "export-onnx` wrote.",
+        ),
+    ] = None,
     bank: BankOption = None,
     policy: PolicyOption = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option("--upstream", metavar="URL", help="OpenAI-compatible server to stand before, as a proxy."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Processes that serve; one that dies is started again.")
+    ] = None,
+    audit: Annotated[
+        Path | None, typer.Option("--audit", metavar="FILE", help="Keep verdicts in this SQLite file.")
+    ] = None,
 ) -> None:
-    """Serve the guarded model over HTTP: OpenAI's chat and moderation endpoints, and Prometheus metrics.
+    """Serve over HTTP: OpenAI's chat and moderation endpoints under the guard, and Prometheus metrics.
 
     What is not given here is taken from the environment, SAILGUARD_HOST and so on. An address that other
     machines can reach needs API keys: SAILGUARD_API_KEYS or SAILGUARD_API_KEYS_FILE.
@@ -49,19 +77,99 @@ def serve(
         raise typer.BadParameter(f"unexpected: {' '.join(context.args)}; only --engine vllm takes further arguments")
     from service.settings import Settings
 
-    given: dict[str, Any] = {"host": host, "port": port, "model": model, "bank": bank, "policy": policy}
+    given: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "model": model,
+        "bank": bank,
+        "policy": policy,
+        "upstream": upstream,
+        "workers": workers,
+        "audit": audit,
+    }
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    _check_files(settings.bank, settings.policy)
+    if engine is None:
+        engine = EngineName.TRANSFORMERS if settings.upstream is None else EngineName.ONNX
     if engine is EngineName.VLLM:
         from service.vllm_server import serve_vllm
 
+        if settings.upstream is not None or settings.workers:
+            raise typer.BadParameter("--upstream and --workers do not go with --engine vllm")
+        _check_files(settings.bank, settings.policy)
         serve_vllm(settings, context.args)
         return
+    if settings.upstream is not None and engine is not EngineName.ONNX:
+        raise typer.BadParameter("--upstream judges with --engine onnx; leave --engine out")
+    if engine is EngineName.ONNX:
+        _check_sidecar(settings)
+    else:
+        _check_files(settings.bank, settings.policy)
     with _listen(settings) as listener:
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         error_console().print(f"sailguard serves http://{shown}:{number} (Ctrl-C ends)", markup=False, soft_wrap=True)
-        _run(settings, listener)
+        if settings.workers:
+            raise typer.Exit(_supervise(settings, engine, listener))
+        run_server(settings, engine, listener)
+
+
+def run_server(settings: Settings, engine: str, listener: socket.socket) -> None:
+    """Serve on a listening socket until a signal ends it. engine: a value of `EngineName` other than vllm."""
+    from service.app import create_app, make_server
+
+    onnx = engine == EngineName.ONNX
+    app = create_app(
+        _start_onnx(settings) if onnx else _start_transformers(settings),
+        settings,
+        generates=not onnx,
+        bank=Path(settings.model or "") / "bank" if onnx and settings.bank is None else None,
+    )
+    make_server(app, settings).run(sockets=[listener])
+
+
+def _start_transformers(settings: Settings) -> Callable[[Metrics], ServedEngine]:
+    from service.engine import TransformersEngine
+
+    return lambda metrics: TransformersEngine.start(settings, metrics)
+
+
+def _start_onnx(settings: Settings) -> Callable[[Metrics], ServedEngine]:
+    from guard.engines.onnx import OnnxEngine
+
+    return lambda metrics: OnnxEngine.start(
+        Path(settings.model or ""),
+        bank=settings.bank,
+        policy=settings.policy,
+        metrics=metrics,
+        threads=settings.threads,
+        max_tokens=settings.max_input_tokens,
+    )
+
+
+def _check_sidecar(settings: Settings) -> None:
+    """Refuse a sidecar without its model before anything listens."""
+    from service.errors import SettingsError
+
+    if settings.model is None or not Path(settings.model).is_dir():
+        raise SettingsError(
+            "setting 'model': --engine onnx serves a folder that `sailguard export-onnx BANK FOLDER` wrote; "
+            f"give it as --model FOLDER, not {settings.model!r}"
+        )
+
+
+def _supervise(settings: Settings, engine: EngineName, listener: socket.socket) -> int:
+    from service.app import DRAIN_SECONDS
+    from service.supervisor import Supervisor
+    from service.worker import command, environment, start_line
+
+    return Supervisor(
+        command(),
+        listener,
+        settings.workers,
+        grace=DRAIN_SECONDS + 5,
+        environment=environment(os.environ),
+        start=start_line(settings, engine.value),
+    ).run()
 
 
 def _check_files(bank: Path | None, policy: Path | None) -> None:
@@ -87,13 +195,3 @@ def _listen(settings: Settings) -> socket.socket:
             f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; "
             "choose another --host or --port"
         ) from error
-
-
-def _run(settings: Settings, listener: socket.socket) -> None:
-    import uvicorn
-
-    from service.app import create_app, server_config
-    from service.engine import Engine
-
-    app = create_app(lambda metrics: Engine.start(settings, metrics), settings)
-    uvicorn.Server(server_config(app, settings)).run(sockets=[listener])

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.routes import chat, health, metrics, moderations
+from service.routes import admin, events, features, health, metrics, models, moderations, traces
 
 __all__ = ["routers"]
 
 
-def routers() -> list[APIRouter]:
-    """Return the routers of all endpoints."""
-    return [chat.router, moderations.router, health.router, metrics.router]
+def routers(*, generates: bool, proxy: bool) -> list[APIRouter]:
+    """Return the routers of all endpoints.
+
+    generates: of a server whose engine answers chats; proxy: of one that another server answers for.
+    """
+    found = [moderations.router, traces.router, features.router, events.router, admin.router]
+    if proxy:
+        from service.routes import proxy as proxied
+
+        found = [proxied.router, *found]
+    elif generates:
+        from service.routes import chat, completions
+
+        found = [chat.router, completions.router, *found]
+    if not proxy:
+        found.append(models.router)
+    return [*found, health.router, metrics.router]

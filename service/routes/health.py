@@ -1,54 +1,43 @@
-"""Whether the process lives, whether the guard is in place, and which model is served."""
+"""Whether the process lives, and whether the guard is in place."""
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 from fastapi import APIRouter, Request
 
-from service.errors import model_not_found
-from service.runner import Services
-from service.schemas import MODEL_ALIAS
+from service.errors import not_ready
+from service.schemas_errors import ERRORS, PROBES
+from service.schemas_responses import HealthResponse, Readiness
+from service.services import Services
 
 __all__ = ["router"]
 
 router = APIRouter()
 
 
-@router.get("/healthz")
+@router.get(
+    "/healthz", summary="Does the process live?", response_model=HealthResponse, responses=PROBES, tags=["operations"]
+)
 async def get_health() -> dict[str, str]:
     """Answer as long as the process lives."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get(
+    "/readyz",
+    summary="Is the guard in place?",
+    response_model=Readiness,
+    responses={**PROBES, 503: ERRORS[503]},
+    tags=["operations"],
+)
 async def get_readiness(request: Request) -> dict[str, str]:
     """Answer 200 once the guard is attached and its canary has passed, 503 with the reason before."""
-    engine = Services.of(request).engine()
+    slot = Services.of(request).slot
+    engine = slot.engine
+    if engine is None:
+        raise not_ready(slot.reason)
     return {
         "status": "ready",
         "model": engine.model_id,
         "bank": engine.bank_version,
         "policy": engine.policy_version,
     }
-
-
-@router.get("/v1/models")
-async def list_models(request: Request) -> dict[str, Any]:
-    """List the names under which the served model answers."""
-    engine = Services.of(request).engine()
-    return {"object": "list", "data": [_model(name) for name in (engine.model_id, MODEL_ALIAS)]}
-
-
-@router.get("/v1/models/{name:path}")
-async def get_model(name: str, request: Request) -> dict[str, Any]:
-    """Describe one model name."""
-    engine = Services.of(request).engine()
-    if name not in (engine.model_id, MODEL_ALIAS):
-        raise model_not_found(name)
-    return _model(name)
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sailguard"}

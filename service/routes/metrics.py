@@ -6,14 +6,24 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from guard.metrics import CONTENT_TYPE
-from service.runner import Services
+from service.schemas_errors import ERRORS
+from service.services import Services
 
 __all__ = ["router"]
 
 router = APIRouter()
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    summary="Every series, for Prometheus",
+    response_class=Response,
+    responses={
+        **{status: ERRORS[status] for status in (401, 403, 429, 500)},
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Every series."},
+    },
+    tags=["operations"],
+)
 async def get_metrics(request: Request) -> Response:
     """Return every series."""
     return Response(Services.of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE})

@@ -3,57 +3,50 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.errors import AsciiJSONResponse, model_not_found
+from service.attending import Deadline, attended
+from service.errors import AsciiJSONResponse, audit_failed, model_not_found
 from service.middleware import JsonRoute, Record
-from service.runner import Services
-from service.schemas import MODEL_ALIAS, ModerationRequest, moderation_result, strongest
-
-if TYPE_CHECKING:
-    from guard.events import TextScore
-    from service.engine import ServedEngine
+from service.recording import count_score
+from service.schemas import ACTION_HEADER, MODEL_ALIAS, ModerationRequest, moderation_result, strongest
+from service.schemas_errors import ERRORS
+from service.schemas_responses import MODERATION_RESPONSES
+from service.services import Services
 
 __all__ = ["router"]
 
 router = APIRouter(route_class=JsonRoute)
 
-_BATCH = 8
 
-
-@router.post("/v1/moderations")
+@router.post(
+    "/v1/moderations", summary="Judge texts", responses={**ERRORS, **MODERATION_RESPONSES}, tags=["judgements"]
+)
 async def create_moderation(body: ModerationRequest, request: Request) -> Response:
     """Judge one text or several."""
     services = Services.of(request)
     engine = services.engine()
     if body.model is not None and body.model not in (engine.model_id, MODEL_ALIAS):
         raise model_not_found(body.model)
-    job = services.runner.submit(lambda: _score(engine, body.input))
-    results: list[dict[str, Any]] = []
-    actions: list[str] = []
-    try:
-        async with job.until_disconnect(request):
-            async for score in job:
-                results.append(moderation_result(score))
-                actions.append(score.action)
-    finally:
-        job.close()
-    Record.of(request).action = strongest(actions)
+    deadline = Deadline(services.settings.request_timeout, services.metrics)
+    async with attended(request), deadline.kept():
+        with services.tracing.span("judge", texts=len(body.input)):
+            scores = await services.runner.judge(engine, body.input, [body.role] * len(body.input))
+    recorder = services.recorder(request, "moderations")
+    for number, (text, score) in enumerate(zip(body.input, scores, strict=True)):
+        count_score(services.metrics, score, body.role)
+        if not await recorder.record(engine, score.verdicts, choice=number, text=text):
+            raise audit_failed()
+    action = strongest([score.action for score in scores])
+    Record.of(request).action = action
     return AsciiJSONResponse(
         {
             "id": f"modr-{uuid.uuid4().hex}",
             "model": engine.model_id,
-            "results": results,
+            "results": [moderation_result(score) for score in scores],
             "sailguard": {"bank": engine.bank_version, "policy": engine.policy_version},
-        }
+        },
+        headers={ACTION_HEADER: action},
     )
-
-
-def _score(engine: ServedEngine, texts: list[str]) -> Generator[TextScore]:
-    """Judge `texts` a few at a time, so that a request whose client is gone ends early."""
-    for start in range(0, len(texts), _BATCH):
-        yield from engine.score(texts[start : start + _BATCH])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from feature_bank.bank import Rows, save_bank
+from feature_bank.bank import Bank, Rows, save_bank, shipped_bank_path
 from feature_bank.identity import identify
 from feature_bank.schema import Calibration, Evidence, FeatureRecord, HeadRecord, Heads, Pooling
-from guard.events import FeatureHit, SequenceReport, StreamEvent, TextScore, Verdict
+from guard.errors import GuardError
+from guard.events import FeatureHit, SequenceReport, StreamEvent, TextScore, Trace, TraceToken, Verdict
 from guard.metrics import Metrics
-from service.app import create_app, server_config
+from guard.policy import Policy
+from service.app import create_app, make_server
 from service.errors import ApiError
 from service.settings import Settings
 
@@ -138,29 +141,54 @@ def model(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
     return folder
 
 
+@functools.cache
+def shipped_bank() -> Bank:
+    """The bank that comes with the package, read once."""
+    return Bank.load(shipped_bank_path())
+
+
+class FakeGeneration:
+    """One answer of the fake engine, spoken by a thread of its own."""
+
+    def __init__(self) -> None:
+        self.report: SequenceReport | None = None
+        self.cancelled = threading.Event()
+
+
 class FakeEngine:
     """Answers with the words of the last message, one a step; a few words steer it.
 
-    `BLOCK` ends the answer as a guard does, `CRASH` raises, `WAIT` lets the step wait for `go`.
-    It fails the test when two threads are inside at once.
+    `BLOCK` ends the answer as a guard does, `CRASH` fails, `WAIT` lets the step wait for `go`.
+    It fails the test when two threads judge at once.
     """
 
     model_id = MODEL_ID
     bank_version = "bank-1"
     policy_version = "policy-1"
     context_length = 64
+    generates = True
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
+        self.bank = shipped_bank()
+        self.policy = Policy.default()
         self.go = threading.Event()
         self.started = threading.Semaphore(0)
         self.calls: list[dict[str, Any]] = []
         self.chats: list[list[dict[str, str]]] = []
+        self.batches: list[list[str]] = []
         self.streams_ended = 0
         self.steps = 0
         self.overlapped = False
+        self.closed = False
         self._busy = threading.Lock()
-        self._report: SequenceReport | None = None
+        self._words: dict[tuple[int, ...], list[str]] = {}
+
+    def close(self) -> None:
+        self.closed = True
+
+    def reloaded(self, bank: Path | None, policy: Path | None) -> FakeEngine:
+        return self
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -188,61 +216,86 @@ class FakeEngine:
             policy_version=self.policy_version,
         )
 
-    def count_prompt(self, messages: Sequence[Mapping[str, str]]) -> int:
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         with self._alone():
             if any(message["content"] == "TEMPLATE" for message in messages):
                 raise ApiError(400, "The model's chat template refuses these messages.", param="messages")
-            return sum(len(message["content"].split()) for message in messages)
+            self.chats.append([dict(message) for message in messages])
+            return self._ids([word for message in messages for word in message["content"].split()], messages[-1])
 
-    def stream(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
-        stop: Sequence[str],
-    ) -> Iterator[StreamEvent]:
-        self.calls.append(
-            {
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "seed": seed,
-                "stop": tuple(stop),
-            }
-        )
-        self.chats.append([dict(message) for message in messages])
+    def text_ids(self, text: str) -> list[int]:
         with self._alone():
+            return self._ids(text.split(), {"content": text})
+
+    def _ids(self, words: list[str], last: Mapping[str, str]) -> list[int]:
+        ids = [zlib.crc32(word.encode()) for word in words]
+        self._words[tuple(ids)] = last["content"].split()
+        return ids
+
+    def generate(self, ids: Sequence[int], options: Any, heard: Callable[[Any], None]) -> FakeGeneration:
+        self.calls.append({name: getattr(options, name) for name in options.__dataclass_fields__})
+        generation = FakeGeneration()
+        words = self._words[tuple(ids)][: options.max_new_tokens]
+
+        def speak() -> None:
             self.started.release()
             try:
-                yield from self._events(messages[-1]["content"].split()[:max_new_tokens], max_new_tokens)
+                for event in self._events(words, options.max_new_tokens, generation):
+                    if generation.cancelled.is_set():
+                        return
+                    heard(event)
+            except RuntimeError as error:
+                heard(GuardError(str(error)))
             finally:
                 self.streams_ended += 1
 
-    def _events(self, words: list[str], limit: int) -> Iterator[StreamEvent]:
+        threading.Thread(target=speak, name="fake-generation", daemon=True).start()
+        return generation
+
+    def cancel(self, generation: FakeGeneration) -> None:
+        generation.cancelled.set()
+
+    def trace(self, text: str, role: str) -> Trace:
+        with self._alone():
+            tokens = tuple(
+                TraceToken(
+                    index=index,
+                    token_id=index,
+                    text=word,
+                    observed=True,
+                    scores=dict.fromkeys(DOMAINS, 0.01),
+                    features=(self.verdict().features[0],),
+                )
+                for index, word in enumerate(text.split())
+            )
+            return Trace(tokens=tokens, score=self._score(text))
+
+    def _events(self, words: list[str], limit: int, generation: FakeGeneration) -> Iterator[StreamEvent]:
         verdicts: tuple[Verdict, ...] = ()
         for number, word in enumerate(words):
             self.steps += 1
             if word == "WAIT":
-                assert self.go.wait(PATIENCE), "the test never let the engine go on"
+                deadline = time.monotonic() + PATIENCE
+                while not self.go.wait(0.01) and not generation.cancelled.is_set():
+                    assert time.monotonic() < deadline, "the test never let the engine go on"
+                if generation.cancelled.is_set():
+                    return
             elif word == "CRASH":
                 raise RuntimeError(f"secret text: {' '.join(words)}")
             elif word == "BLOCK":
                 verdicts = (self.verdict(),)
-                self._finish("block", verdicts, number + 1)
+                generation.report = self._report("block", verdicts, number + 1)
                 yield StreamEvent(token_id=None, text=REFUSAL, verdicts=verdicts, finish_reason="content_filter")
                 # An engine that went on talking must not be heard.
                 yield StreamEvent(token_id=9, text="LEAK")
                 return
             yield StreamEvent(token_id=number, text=word + " ")
-        self._finish("allow", verdicts, len(words))
+        generation.report = self._report("allow", verdicts, len(words))
         reason: Any = "length" if len(words) == limit else "stop"
         yield StreamEvent(token_id=None, text="", finish_reason=reason)
 
-    def _finish(self, action: Any, verdicts: tuple[Verdict, ...], tokens: int) -> None:
-        self._report = SequenceReport(
+    def _report(self, action: Any, verdicts: tuple[Verdict, ...], tokens: int) -> SequenceReport:
+        return SequenceReport(
             request_id="r1",
             action=action,
             verdicts=verdicts,
@@ -252,12 +305,9 @@ class FakeEngine:
             tokens_observed=tokens,
         )
 
-    def last_report(self) -> SequenceReport:
-        assert self._report is not None
-        return self._report
-
-    def score(self, texts: Sequence[str]) -> list[TextScore]:
+    def score(self, texts: Sequence[str], roles: Sequence[str]) -> list[TextScore]:
         with self._alone():
+            self.batches.append(list(texts))
             return [self._score(text) for text in texts]
 
     def _score(self, text: str) -> TextScore:
@@ -279,7 +329,7 @@ class ServerThread:
     """A uvicorn server on a free loopback port, in a thread of its own."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        self.server = uvicorn.Server(server_config(app, settings))
+        self.server = make_server(app, settings)
         self._thread = threading.Thread(target=self.server.run, name="uvicorn")
 
     def __enter__(self) -> str:
@@ -320,7 +370,7 @@ def make_app(engine: FakeEngine, log: io.StringIO) -> Callable[..., FastAPI]:
 
     def make(served: Any = None, **settings: Any) -> FastAPI:
         logger = structlog.wrap_logger(structlog.PrintLogger(log), processors=[structlog.processors.JSONRenderer()])
-        settings = {"port": 0, **settings}
+        settings = {"port": 0, "allowed_hosts": "testserver", "watch_seconds": 0.0, **settings}
         return create_app(engine if served is None else served, Settings(**settings), logger=logger)
 
     return make

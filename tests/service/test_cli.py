@@ -365,11 +365,11 @@ def test_train_replaces_nothing_unasked(
 def test_serve_listens_where_it_says(run: Run, bank: Path, lenient: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
 
-    def serve(settings: Any, listener: socket.socket) -> None:
+    def serve(settings: Any, engine: str, listener: socket.socket) -> None:
         with socket.create_connection(listener.getsockname(), timeout=5):
             served.append((settings, listener.getsockname()))
 
-    monkeypatch.setattr(serve_command, "_run", serve)
+    monkeypatch.setattr(serve_command, "run_server", serve)
     monkeypatch.setenv("SAILGUARD_POLICY", str(lenient))
     result = run("serve", "--port", 0, "--bank", bank)
     assert result.exit_code == 0, result.stderr
@@ -381,7 +381,7 @@ def test_serve_listens_where_it_says(run: Run, bank: Path, lenient: Path, monkey
 def test_serve_refuses_what_it_cannot_serve(
     run: Run, bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_command, "_run", lambda *_: pytest.fail("it served"))
+    monkeypatch.setattr(serve_command, "run_server", lambda *_: pytest.fail("it served"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert_one_line_error(run("serve", "--port", port, "--bank", bank), str(port))

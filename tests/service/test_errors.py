@@ -13,6 +13,8 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service import errors
+
 URL = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
 
@@ -219,6 +221,27 @@ def test_debug_logging_of_libraries_brings_no_text_either(
     with caplog.at_level("DEBUG"):
         client.post(URL, json=chat("confidential words", stream=True))
     assert "confidential" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "names"),
+    [
+        (errors.forbidden("reader"), 403, "insufficient_permissions", "reader"),
+        (errors.admin_closed(), 403, "admin_closed", "SAILGUARD_ADMIN_KEYS"),
+        (errors.host_not_allowed(), 403, "host_not_allowed", "SAILGUARD_ALLOWED_HOSTS"),
+        (errors.origin_not_allowed(), 403, "origin_not_allowed", "SAILGUARD_CORS_ORIGINS"),
+        (errors.body_too_slow(2.5), 408, "request_timeout", "2.5 s"),
+        (errors.rate_limited(7, "600 per 1 minute"), 429, "rate_limit_exceeded", "600 per 1 minute"),
+        (errors.too_many_open(8), 429, "rate_limit_exceeded", "8 open requests"),
+    ],
+)
+def test_refusals_at_the_edge_say_what_to_do(error: errors.ApiError, status: int, code: str, names: str) -> None:
+    response = errors.error_response(error)
+    assert response.status_code == status
+    found = error_of(httpx.Response(status, content=bytes(response.body)))
+    assert found["code"] == code
+    assert names in found["message"]
+    assert ("Retry-After" in response.headers) == (status == 429)
 
 
 VALUES = st.recursive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -129,15 +130,17 @@ def test_own_server_with_the_embedded_model_answers_is_counted_and_kept(
 ) -> None:
     """A model of 135M parameters rarely writes the JSON that it is asked for: then its answers are missing."""
     from guard.core import Guard
-    from service.engine import Engine
+    from guard.serving import ServingGuard
+    from service.engine import TransformersEngine
 
     def generated() -> float:
         return metrics.registry.get_sample_value("sailguard_tokens_generated_total") or 0.0
 
     segments = {id_: material(id_).segments for id_ in IDS}
     guess = dict.fromkeys(IDS, "ships of any age")
-    with Guard.from_bank(metrics=metrics).attach(embedded.model, embedded.tokenizer) as attached:
-        url = f"{serve(Engine(attached, embedded.model_id), max_new_tokens=40)}/v1"
+    serving = ServingGuard(Guard.from_bank(metrics=metrics), embedded.model, embedded.tokenizer)
+    with contextlib.closing(TransformersEngine(serving, embedded.model_id)) as engine:
+        url = f"{serve(engine, max_new_tokens=40)}/v1"
         result = explain(url, "--json", "--timeout", 300, model="sailguard")
         assert result.exit_code == 0, result.output
         first, summary, spent = rows(tmp_path), json.loads(result.stdout), generated()

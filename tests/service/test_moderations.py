@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from guard.metrics import Metrics
 
 URL = "/v1/moderations"
 
@@ -83,3 +90,133 @@ def test_official_client_reads_every_field(serve: Callable[..., str]) -> None:
     assert violent.model_extra is not None
     assert violent.model_extra["sailguard"]["violence"]["flagged"]
     assert httpx.get(f"{url}/v1/models", timeout=20).status_code == 200
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    texts=st.lists(st.sampled_from(["calm", "violence", "terror", "politics violence", ""]), min_size=1, max_size=40)
+)
+def test_every_result_is_that_of_its_text_alone(client: TestClient, texts: list[str]) -> None:
+    response = client.post(URL, json={"input": texts})
+    assert response.status_code == 200
+    alone = {text: client.post(URL, json={"input": text}).json()["results"][0] for text in set(texts)}
+    assert response.json()["results"] == [alone[text] for text in texts]
+    flagged = any(alone[text]["flagged"] for text in texts)
+    assert response.headers["X-Sailguard-Action"] == ("block" if flagged else "allow")
+
+
+def test_as_many_texts_as_allowed_are_judged_and_one_more_is_refused(client: TestClient, engine: Any) -> None:
+    assert len(client.post(URL, json={"input": ["calm"] * 256}).json()["results"]) == 256
+    engine.batches.clear()
+    response = client.post(URL, json={"input": ["calm"] * 257})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "input")
+    assert engine.batches == []
+
+
+def test_role_reaches_the_engine_and_is_a_prompt_unless_said(
+    client: TestClient, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+    score = engine.score
+    monkeypatch.setattr(engine, "score", lambda texts, roles: told.append(list(roles)) or score(texts, roles))
+    for role in ({}, {"role": "response"}, {"role": "passage"}, {"role": "prompt"}):
+        assert client.post(URL, json={"input": ["calm", "violence"], **role}).status_code == 200
+    assert told == [["prompt"] * 2, ["response"] * 2, ["passage"] * 2, ["prompt"] * 2]
+    assert client.post(URL, json={"input": "calm", "role": "system"}).json()["error"]["param"] == "role"
+
+
+def test_truncation_is_told(client: TestClient, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = engine._score
+    monkeypatch.setattr(engine, "_score", lambda text: replace(score(text), truncated=len(text) > 10))
+    results = client.post(URL, json={"input": ["short", "a longer text"]}).json()["results"]
+    assert [result["truncated"] for result in results] == [False, True]
+
+
+def test_parallel_requests_are_judged_in_one_pass_and_each_gets_its_own(
+    serve: Callable[..., str], engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, entered = serve(), threading.Event()
+    score = engine.score
+
+    def slow(texts: Any, roles: Any) -> Any:
+        entered.set()
+        assert engine.go.wait(10)
+        return score(texts, roles)
+
+    monkeypatch.setattr(engine, "score", slow)
+    depth = lambda: engine.metrics.registry.get_sample_value("sailguard_queue_depth")  # noqa: E731
+
+    def ask(number: int) -> list[bool]:
+        texts = ["violence" if place == number else "calm" for place in range(4)]
+        results = httpx.post(url + URL, json={"input": texts}, timeout=20).json()["results"]
+        return [result["flagged"] for result in results]
+
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(ask, 0)
+        assert entered.wait(10)
+        others = [pool.submit(ask, number) for number in range(4)]
+        stop = threading.Event()
+        while depth() != 5:
+            assert not stop.wait(0.01)
+        engine.go.set()
+        assert first.result() == [True, False, False, False]
+        assert [each.result() for each in others] == [[place == n for place in range(4)] for n in range(4)]
+    assert [len(texts) for texts in engine.batches] == [4, 16]
+    assert depth() == 0
+
+
+def test_engine_that_fails_on_one_text_fails_that_request_alone(
+    serve: Callable[..., str], engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = engine._score
+
+    def fragile(text: str) -> Any:
+        if "fault" in text:
+            raise RuntimeError(f"secret {text}")
+        return score(text)
+
+    monkeypatch.setattr(engine, "_score", fragile)
+    url = serve()
+
+    def ask(number: int) -> httpx.Response:
+        return httpx.post(url + URL, json={"input": ["calm", "fault" if number % 4 == 0 else "violence"]}, timeout=20)
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, response in enumerate(pool.map(ask, range(24))):
+            assert response.status_code == (500 if number % 4 == 0 else 200)
+            assert "secret" not in response.text
+
+
+@pytest.mark.parametrize("ending", ["client", "deadline"])
+def test_request_that_ends_early_leaves_the_queue(
+    serve: Callable[..., str],
+    engine: Any,
+    metrics: Metrics,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: str,
+) -> None:
+    score = engine.score
+    monkeypatch.setattr(engine, "score", lambda texts, roles: engine.go.wait(10) and score(texts, roles))
+    url = serve(request_timeout=0.3 if ending == "deadline" else 60.0)
+    try:
+        if ending == "client":
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url + URL, json={"input": "calm"}, timeout=0.3)
+        else:
+            response = httpx.post(url + URL, json={"input": "calm"}, timeout=20)
+            assert (response.status_code, response.json()["error"]["code"]) == (504, "request_timeout")
+        pause = threading.Event()
+        for _ in range(1000):
+            if metrics.registry.get_sample_value("sailguard_queue_depth") == 0:
+                break
+            pause.wait(0.01)
+        assert metrics.registry.get_sample_value("sailguard_queue_depth") == 0
+    finally:
+        engine.go.set()
+    assert httpx.post(url + URL, json={"input": "calm"}, timeout=20).status_code == 200

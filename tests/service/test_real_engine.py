@@ -15,8 +15,8 @@ from fastapi.testclient import TestClient
 from guard.core import Guard
 from guard.metrics import Metrics
 from guard.policy import Policy
-from guard.session import AttachedGuard
-from service.engine import Engine
+from guard.serving import ServingGuard
+from service.engine import TransformersEngine
 
 URL = "/v1/chat/completions"
 HOOK = "blocks.1.hook_resid_post"
@@ -29,24 +29,43 @@ def bank(tmp_path: Path, write_bank: Callable[..., Path]) -> Path:
     return write_bank(tmp_path / "bank", evidence_tokens=EVIDENCE)
 
 
-@pytest.fixture
-def attach(
-    bank: Path, metrics: Metrics, tiny_model: Any, tiny_tokenizer: Any
-) -> Iterator[Callable[..., AttachedGuard]]:
-    """Attach a guard whose one rule is on violence, with the given action and scope, in place of the last."""
-    attached: list[AttachedGuard] = []
+Start = Callable[..., TransformersEngine]
 
-    def make(action: str, *scope: str) -> AttachedGuard:
+
+@pytest.fixture
+def guard(bank: Path, metrics: Metrics) -> Callable[..., Guard]:
+    """A guard whose one rule is on violence, with the given action and scope."""
+
+    def make(action: str, *scope: str) -> Guard:
         rule = {"domain": "violence", "scope": scope, "threshold": {"probability": 0.9}, "action": action}
         policy = Policy.model_validate({"rules": [rule], "refusal": "REFUSED"})
-        for guard in attached:
-            guard.close()
-        attached.append(Guard.from_bank(bank, policy=policy, metrics=metrics).attach(tiny_model, tiny_tokenizer))
-        return attached[-1]
+        return Guard.from_bank(bank, policy=policy, metrics=metrics)
+
+    return make
+
+
+@pytest.fixture
+def start(guard: Callable[..., Guard], tiny_model: Any, tiny_tokenizer: Any) -> Iterator[Start]:
+    """An engine under such a guard, in place of the last."""
+    engines: list[TransformersEngine] = []
+
+    def make(action: str, *scope: str) -> TransformersEngine:
+        for engine in engines:
+            engine.close()
+        serving = ServingGuard(guard(action, *scope), tiny_model, tiny_tokenizer, cache_tokens=4096)
+        engines.append(TransformersEngine(serving, "tiny-llama"))
+        return engines[-1]
 
     yield make
-    for guard in attached:
-        guard.close()
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def free(guard: Callable[..., Guard], tiny_model: Any, tiny_tokenizer: Any) -> Any:
+    """What the model answers when nothing is blocked."""
+    with guard("flag", "prompt", "response").attach(tiny_model, tiny_tokenizer) as attached:
+        return attached.chat(body()["messages"], max_new_tokens=12)
 
 
 def body(**options: Any) -> dict[str, Any]:
@@ -55,11 +74,10 @@ def body(**options: Any) -> dict[str, Any]:
 
 
 def test_served_answer_is_the_guards_own_answer(
-    make_app: Callable[..., Any], attach: Callable[..., AttachedGuard], read_events: Callable[[str], Any]
+    make_app: Callable[..., Any], free: Any, start: Start, read_events: Callable[[str], Any]
 ) -> None:
-    attached = attach("flag", "prompt", "response")
-    expected = attached.chat(body()["messages"], max_new_tokens=12)
-    with TestClient(make_app(Engine(attached, "tiny-llama"))) as client:
+    expected = free
+    with TestClient(make_app(start("flag", "prompt", "response"))) as client:
         whole = client.post(URL, json=body()).json()
         streamed = read_events(client.post(URL, json=body(stream=True)).text)
     assert whole["choices"][0]["message"]["content"] == expected.text
@@ -78,20 +96,19 @@ def test_served_answer_is_the_guards_own_answer(
 @pytest.mark.parametrize("scope", ["prompt", "response"])
 def test_blocked_stream_holds_back_the_deciding_token(
     make_app: Callable[..., Any],
-    attach: Callable[..., AttachedGuard],
+    free: Any,
+    start: Start,
     read_events: Callable[[str], Any],
     scope: str,
 ) -> None:
-    free = attach("flag", "prompt").chat(body()["messages"], max_new_tokens=12).text
-    engine = Engine(attach("block", scope), "tiny-llama")
-    with TestClient(make_app(engine)) as client:
+    with TestClient(make_app(start("block", scope))) as client:
         events = read_events(client.post(URL, json=body(stream=True)).text)
         whole = client.post(URL, json=body())
     pieces = [event["choices"][0]["delta"].get("content", "") for event in events[:-1]]
     text = "".join(pieces)
     assert text.endswith("REFUSED")
     shown = text.removesuffix("REFUSED")
-    assert free.startswith(shown)
+    assert free.text.startswith(shown)
     assert len(shown.encode()) <= (0 if scope == "prompt" else 3 * EVIDENCE)
     assert events[-2]["choices"][0]["finish_reason"] == "content_filter"
     assert whole.json()["choices"][0]["message"]["content"] == "REFUSED"
@@ -99,20 +116,18 @@ def test_blocked_stream_holds_back_the_deciding_token(
 
 
 def test_every_generated_token_is_counted_as_observed(
-    make_app: Callable[..., Any], attach: Callable[..., AttachedGuard], metrics: Metrics
+    make_app: Callable[..., Any], start: Start, metrics: Metrics
 ) -> None:
-    with TestClient(make_app(Engine(attach("flag", "response"), "tiny-llama"))) as client:
+    with TestClient(make_app(start("flag", "response"))) as client:
         answers = [client.post(URL, json=body(max_tokens=tokens)).json() for tokens in (1, 5, 12)]
     generated = sum(answer["usage"]["completion_tokens"] for answer in answers)
     value = metrics.registry.get_sample_value
     assert value("sailguard_tokens_generated_total") == value("sailguard_tokens_observed_total") == generated
 
 
-def test_texts_are_scored_and_odd_ones_are_benign_or_read(
-    make_app: Callable[..., Any], attach: Callable[..., AttachedGuard]
-) -> None:
+def test_texts_are_scored_and_odd_ones_are_benign_or_read(make_app: Callable[..., Any], start: Start) -> None:
     texts = ["a sentence of some length", "", "\udc00", "x" * 5000]
-    with TestClient(make_app(Engine(attach("block", "prompt"), "tiny-llama"))) as client:
+    with TestClient(make_app(start("block", "prompt"))) as client:
         response = client.post(
             "/v1/moderations",
             content=json.dumps({"input": texts}),
@@ -126,10 +141,8 @@ def test_texts_are_scored_and_odd_ones_are_benign_or_read(
     assert [result["truncated"] for result in results] == [False, False, False, True]
 
 
-def test_prompt_beyond_the_context_is_refused_by_count(
-    make_app: Callable[..., Any], attach: Callable[..., AttachedGuard]
-) -> None:
-    with TestClient(make_app(Engine(attach("flag", "prompt"), "tiny-llama"))) as client:
+def test_prompt_beyond_the_context_is_refused_by_count(make_app: Callable[..., Any], start: Start) -> None:
+    with TestClient(make_app(start("flag", "prompt"))) as client:
         long = [{"role": "user", "content": "x" * 600}]
         error = client.post(URL, json=body(messages=long)).json()["error"]
     assert error["code"] == "context_length_exceeded"
@@ -137,11 +150,10 @@ def test_prompt_beyond_the_context_is_refused_by_count(
 
 
 def test_disconnect_leaves_the_guard_fit_for_the_next_request(
-    serve: Callable[..., str], attach: Callable[..., AttachedGuard]
+    serve: Callable[..., str], free: Any, start: Start
 ) -> None:
-    attached = attach("flag", "response")
-    url = serve(Engine(attached, "tiny-llama"), max_queue=0)
-    expected = attached.chat(body()["messages"], max_new_tokens=12).text
+    url = serve(start("flag", "response"), max_queue=0, max_concurrent=1)
+    expected = free.text
     with httpx.Client(base_url=url, timeout=30) as client:
         with client.stream("POST", URL, json=body(stream=True, max_tokens=400)) as response:
             assert next(response.iter_lines())
@@ -152,12 +164,12 @@ def test_disconnect_leaves_the_guard_fit_for_the_next_request(
     assert answer.json()["choices"][0]["message"]["content"] == expected
 
 
-def test_engine_that_was_closed_leaves_no_hook(tiny_model: Any, attach: Callable[..., AttachedGuard]) -> None:
+def test_engine_that_was_closed_leaves_no_hook(tiny_model: Any, start: Start) -> None:
     def hooks() -> int:
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in tiny_model.modules())
 
     before = hooks()
-    engine = Engine(attach("flag", "prompt"), "tiny-llama")
+    engine = start("flag", "prompt")
     assert hooks() > before
     engine.close()
     assert hooks() == before

@@ -1,8 +1,7 @@
-"""Settings refuse what is unsafe; keys are compared as digests and guard what they should."""
+"""Settings refuse what is unsafe; keys guard what they should. What keys open in detail: test_auth."""
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from fastapi.testclient import TestClient
 
 from feature_bank.errors import SailguardError
 from service.errors import SettingsError
-from service.settings import KeyRing, Settings, is_loopback
+from service.settings import Settings, is_loopback
+from tests.service.edges import write_keys
 
 URL = "/v1/chat/completions"
 
@@ -67,35 +67,70 @@ def test_keys_never_show_in_text_or_errors() -> None:
 
 
 def test_keys_come_from_list_and_file_together(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("# team a\nkey-three\n\n key-four \n", encoding="utf-8")
-    ring = Settings(api_keys=" key-one, key-two,,", api_keys_file=file).key_ring()
-    assert len(ring) == 4
+    file = write_keys(tmp_path / "keys", "# team a", "key-three", "", " key-four ")
+    settings = Settings(api_keys=" key-one, key-two,,", admin_keys="key-five", api_keys_file=file)
+    ring = settings.key_ring()
+    assert len(ring) == 5
     for key in (b"key-one", b"key-two", b"key-three", b"key-four"):
-        assert ring.accepts(key)
+        found = ring.identify(key)
+        assert found is not None
+        assert found.role == "client"
     for key in (b"", b"key", b"key-one,key-two", b"# team a", b"KEY-ONE"):
-        assert not ring.accepts(key)
+        assert ring.identify(key) is None
+    assert ring.has_admin
+    assert settings.keys() == ["key-one", "key-two", "key-three", "key-four"]
+
+
+def test_keys_that_are_hashed_cannot_be_handed_on(tmp_path: Path) -> None:
+    file = write_keys(tmp_path / "keys", f"sha256:{'ab' * 32} team-a client")
+    settings = Settings(host="0.0.0.0", api_keys_file=file)
+    assert len(settings.key_ring()) == 1
+    with pytest.raises(SettingsError, match="hashed") as caught:
+        settings.keys()
+    assert "ab" * 32 not in str(caught.value)
+
+
+def test_an_admin_key_alone_guards_everything() -> None:
+    assert Settings(host="0.0.0.0", admin_keys="key-one").key_ring()
 
 
 def test_key_file_that_is_missing_or_empty_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot read"):
         Settings(api_keys_file=tmp_path / "none").key_ring()
-    (tmp_path / "empty").write_text("# nothing\n", encoding="utf-8")
+    write_keys(tmp_path / "empty", "# nothing")
     with pytest.raises(SettingsError, match="holds no key"):
         Settings(host="0.0.0.0", api_keys_file=tmp_path / "empty")
 
 
-def test_every_key_is_compared_in_constant_time_as_a_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[tuple[bytes, bytes]] = []
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rate_limit", "fast"),
+        ("rate_limit", "0/minute"),
+        ("rate_limit", "1/minute;1/hour"),
+        ("allowed_hosts", "*"),
+        ("allowed_hosts", "http://guard.local"),
+        ("allowed_hosts", "guard.local:8801"),
+        ("cors_origins", "*"),
+        ("cors_origins", "null"),
+        ("cors_origins", "chat.example.org"),
+        ("cors_origins", "https://chat.example.org/"),
+        ("cors_origins", "https://Chat.example.org"),
+        ("cors_origins", "https://*.example.org"),
+    ],
+)
+def test_limits_hosts_and_origins_that_cannot_work_are_refused(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"'{name}'"):
+        Settings(**{name: value})
 
-    def compare(left: bytes, right: bytes) -> bool:
-        compared.append((left, right))
-        return left == right
 
-    monkeypatch.setattr(hmac, "compare_digest", compare)
-    assert KeyRing(["a", "b", "c"]).accepts(b"a")
-    assert len(compared) == 3
-    assert all(len(left) == len(right) == 32 for left, right in compared)
+def test_hosts_and_origins_are_read_as_lists() -> None:
+    settings = Settings(
+        allowed_hosts=" Guard.local,other ,", cors_origins="https://a.example, http://localhost:3000,http://[::1]:1"
+    )
+    assert settings.host_names == {"guard.local", "other"}
+    assert settings.origins == ("https://a.example", "http://localhost:3000", "http://[::1]:1")
+    assert Settings(rate_limit="600/minute").rate_limit == "600/minute"
 
 
 @pytest.mark.parametrize(
