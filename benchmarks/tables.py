@@ -319,6 +319,12 @@ def _vllm_tables(result: Result) -> str:
     return vllm_tables(result)
 
 
+def _service_tables(result: Result) -> str:
+    from benchmarks.service_tables import service_tables
+
+    return service_tables(result)
+
+
 PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "quality": ("quality.md", "table", quality_tables),
     "streaming": ("quality.md", "streaming", _streaming_tables),
@@ -330,6 +336,7 @@ PAGES: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "explanation": ("performance.md", EXPLANATION, _explanation_tables),
     "selection": ("selection.md", "table", _selection_tables),
     "vllm": ("vllm.md", "table", _vllm_tables),
+    "service": ("sidecar.md", "table", _service_tables),
 }
 """Result -> (page, name of its markers there, what stands between them)."""
 
