@@ -15,13 +15,13 @@ from feature_bank.bank import Bank
 from feature_bank.errors import MissingExtraError
 from feature_bank.layout import Rendered, Role, layout, render
 from guard.canary import CANARY_TOKENS, canary_error
-from guard.engines.onnx_sidecar import EXTRA, MANIFEST, TOKENIZER, Precision, Sidecar
+from guard.engines.onnx_sidecar import MANIFEST, RUNTIME_EXTRA, TOKENIZER, Precision, Sidecar
 from guard.engines.onnx_tokens import FileTokenizer
 from guard.engines.onnx_windows import Passage, Windows, read_passages
 from guard.errors import CanaryError, GuardError
 from guard.judge import Floats
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024  # larger batches are no faster on a CPU, and take more memory
 WINDOW = 512
 """Tokens of a window of a text that lies there whole; attention costs their square."""
 STREAM = Windows(context=128, stride=64)
@@ -113,7 +113,7 @@ def _open(path: Path, threads: int) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtraError(f"the ONNX engine needs onnxruntime: {EXTRA}") from error
+        raise MissingExtraError(f"the ONNX engine needs onnxruntime: {RUNTIME_EXTRA}") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

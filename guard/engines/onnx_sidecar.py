@@ -32,6 +32,7 @@ BANK_FILES = (BANK_MANIFEST, FEATURES, WEIGHTS, HEADS, REVIEWS)
 GRAPHS = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
 """File of each precision, the preferred one first."""
 SCHEMA_VERSION = 1
+RUNTIME_EXTRA = "pip install 'sailguard[sidecar]'"
 EXTRA = "pip install 'sailguard[onnx-export]'"
 
 Precision = Literal["int8", "fp32"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
+from feature_bank.errors import MissingExtraError
+from guard.engines.onnx_sidecar import RUNTIME_EXTRA
 from guard.errors import GuardError
 
 
@@ -18,6 +18,10 @@ class FileTokenizer:
     eos_token_id: int | None = None
 
     def __init__(self, path: Path, special_ids: Sequence[int]) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise MissingExtraError(f"the ONNX engine needs tokenizers: {RUNTIME_EXTRA}") from error
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower

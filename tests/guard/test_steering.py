@@ -89,7 +89,8 @@ def test_only_chosen_sequences_and_positions_change(
     assert moved.any()
     everywhere = applied(steering, hidden)
     assert torch.equal(everywhere[[0, 2]], hidden[[0, 2]])
-    assert torch.equal(everywhere[1, positions[1]], steered[1, positions[1]])
+    # As many rows as there are here take another path through a matrix product than fewer do.
+    torch.testing.assert_close(everywhere[1, positions[1]], steered[1, positions[1]])
 
 
 def test_add_moves_by_the_gains_through_the_decoder(bank: Bank, encoder: SelectedEncoder, hidden: torch.Tensor) -> None:

@@ -242,6 +242,13 @@ def test_the_engine_runs_where_there_is_no_torch(exported: Path, bank: Bank) -> 
     assert done.stdout.split() == ["24", "16", "True", bank.version]
 
 
+@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
+def test_an_engine_without_its_extra_names_it(exported: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"{package}.*sailguard\[sidecar\]"):
+        open_engine(exported)
+
+
 def test_a_copy_elsewhere_works_as_well(exported: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(exported, tmp_path / "a b" / "moved"))
     assert open_engine(moved).score([TEXT], ["prompt"]) == open_engine(exported).score([TEXT], ["prompt"])
