@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import RESULTS, Figure, read_result, write_result
-from benchmarks.service_load import text as sample
+from benchmarks.service_load import text
 
 TOKENS = 100
 DATA = "SAILGUARD_DATA"
@@ -116,9 +117,11 @@ def served(arguments: Sequence[str], log: Path, **environment: str) -> Iterator[
 
 
 def exported(folder: Path) -> dict[str, Path]:
-    """The sidecar in both precisions, each in a folder of its own."""
+    """The sidecar in both precisions, each in a folder of its own; one that is there already is taken as it is."""
     found = {precision: folder / precision for precision in ("int8", "fp32")}
     for precision, place in found.items():
+        if place.exists():
+            continue
         command = [sys.executable, "-P", "-m", "service.cli", "export-onnx", "shipped", str(place), f"--{precision}"]
         environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
         subprocess.run(command, check=True, env=environ, stdout=subprocess.DEVNULL)
@@ -136,18 +139,20 @@ def latency(folders: dict[str, Path], rounds: int, logs: Path) -> tuple[dict[str
     """One client and a text of 100 tokens: the sidecar over HTTP against passes of torch in this process, in turn."""
     import torch
 
+    from feature_bank.layout import render
     from guard.capture import truncated_forward
     from guard.core import Guard
     from guard.models import load_model
 
     loaded = load_model(device="cpu", dtype="float32")
     guard = Guard.from_bank()
-    words = sample(2 * TOKENS, 0)
+    words = text(2 * TOKENS, 0)
     ids = loaded.tokenizer(words)["input_ids"][:TOKENS]
     body = {"input": loaded.tokenizer.decode(ids)}
     batch = torch.tensor([ids])
+    read = torch.tensor([render(loaded.tokenizer, body["input"], "prompt", max_tokens=4 * TOKENS).ids])
 
-    def whole() -> None:
+    def whole(batch: torch.Tensor) -> None:
         with torch.inference_mode():
             loaded.model(input_ids=batch, use_cache=False)
 
@@ -158,18 +163,22 @@ def latency(folders: dict[str, Path], rounds: int, logs: Path) -> tuple[dict[str
         servers = {name: stack.enter_context(served(_sidecar(f), logs / name)) for name, f in folders.items()}
         starts = {name: server.start_seconds for name, server in servers.items()}
         arms: dict[str, Callable[[], Any]] = {
-            "torch fp32, whole model": whole,
+            "torch fp32, whole model": lambda: whole(batch),
+            "torch fp32, whole model, as a prompt": lambda: whole(read),
             "torch fp32, to the last hook": truncated,
         }
         for name, server in servers.items():
             arms[f"sidecar {name}"] = lambda server=server: server.post("/v1/moderations", body)
+            arms[f"sidecar {name}, passage"] = lambda server=server: server.post(
+                "/v1/moderations", {**body, "role": "passage"}
+            )
             judged = server.post("/v1/moderations", body)["results"][0]["tokens"]
             server.halt()
         times: dict[str, list[float]] = {name: [] for name in arms}
         for number in range(rounds):
             order = list(arms)
             for name in (*order[number % len(order) :], *order[: number % len(order)]):
-                server = servers.get(name.removeprefix("sidecar "))
+                server = servers.get(name.removeprefix("sidecar ").removesuffix(", passage"))
                 if server is not None:
                     server.go_on()
                 arms[name]()  # caches are warm, as under load
@@ -182,8 +191,15 @@ def latency(folders: dict[str, Path], rounds: int, logs: Path) -> tuple[dict[str
     figures = {
         "sidecar_p50_ms_100_tokens": Figure(value=p50["sidecar int8"], unit="ms", n=rounds),
         "sidecar_vs_full_forward": Figure(
+            value=p50["torch fp32, whole model, as a prompt"] / p50["sidecar int8"], unit="ratio", n=rounds
+        ),
+        "sidecar_vs_full_forward_bare": Figure(
             value=p50["torch fp32, whole model"] / p50["sidecar int8"], unit="ratio", n=rounds
         ),
+        "sidecar_passage_vs_full_forward": Figure(
+            value=p50["torch fp32, whole model"] / p50["sidecar int8, passage"], unit="ratio", n=rounds
+        ),
+        "sidecar_passage_p50_ms_100_tokens": Figure(value=p50["sidecar int8, passage"], unit="ms", n=rounds),
         "sidecar_start_seconds": Figure(value=starts["int8"], unit="s"),
     }
     quartiles = {name: [float(q) for q in np.percentile(values, (25, 50, 75, 99))] for name, values in times.items()}
@@ -224,10 +240,10 @@ def load(folders: dict[str, Path], seconds: float, logs: Path) -> tuple[dict[str
             while not over.wait(1.0):
                 memory.append(server.resident_mb())
 
-        ask(server, clients=64, seconds=15, tokens="20,100,400,1500")  # every length has been seen once
+        ask(server, clients=64, seconds=15, tokens="20,100,400")  # every length has been seen once
         watcher = threading.Thread(target=watch)
         watcher.start()
-        found = ask(server, clients=64, seconds=seconds, tokens="20,100,400,1500")
+        found = ask(server, clients=64, seconds=seconds, tokens="20,100,400")
         over.set()
         watcher.join()
     times = found["times"]
@@ -272,7 +288,7 @@ def _kill_a_worker(folder: Path, log: Path) -> dict[str, Any]:
     return {"statuses": result[0]["statuses"], "restarted": restarted}
 
 
-def auroc(folders: dict[str, Path], data: Path) -> tuple[dict[str, Figure], dict[str, Any]]:
+def auroc(folders: dict[str, Path], data: Path, sample: int | None) -> tuple[dict[str, Figure], dict[str, Any]]:
     """How far int8's AUROC on the development rows lies below fp32's, and how far the scores lie from torch's."""
     from sklearn.metrics import roc_auc_score
 
@@ -281,7 +297,10 @@ def auroc(folders: dict[str, Path], data: Path) -> tuple[dict[str, Figure], dict
     from guard.models import load_model
     from training.corpus import read_documents
 
-    rows = [document for document in read_documents([data / "dev.jsonl.gz"]) if document.known]
+    documents, _ = read_documents([data / "dev.jsonl.gz"])
+    rows = [document for document in documents if document.known]
+    if sample is not None:
+        rows = sorted(rows, key=lambda document: hashlib.sha256(document.id.encode()).digest())[:sample]
     texts, roles = [d.text for d in rows], [d.role for d in rows]
     scores: dict[str, list[dict[str, float]]] = {}
     for name, folder in folders.items():
@@ -355,6 +374,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get(DATA), help=f"folder of dev.jsonl.gz, or {DATA}")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--load", type=float, default=120.0, help="seconds of the load")
+    parser.add_argument("--sample", type=int, help="rows of dev, chosen by hash; all if left out")
+    parser.add_argument("--exports", type=Path, help="keep the exported sidecars here for the next run")
     parser.add_argument("--parts", default="latency,load,auroc,chat", help="a part that is left out keeps its figures")
     args = parser.parse_args()
     parts = args.parts.split(",")
@@ -369,11 +390,11 @@ def main() -> None:
         figures, detail = dict(earlier.figures), dict(earlier.detail)
     with tempfile.TemporaryDirectory() as place:
         logs = Path(place)
-        folders = exported(logs / "exports") if set(parts) - {"chat"} else {}
+        folders = exported(args.exports or logs / "exports") if set(parts) - {"chat"} else {}
         run: dict[str, Callable[[], tuple[dict[str, Figure], dict[str, Any]]]] = {
             "latency": lambda: latency(folders, args.rounds, logs),
             "load": lambda: load(folders, args.load, logs),
-            "auroc": lambda: auroc(folders, Path(args.data)),
+            "auroc": lambda: auroc(folders, Path(args.data), args.sample),
             "chat": lambda: chat(3, logs),
         }
         for part in parts:
