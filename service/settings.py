@@ -87,8 +87,6 @@ class Settings(BaseSettings):
     """Whether the audit keeps the texts that were judged, too."""
     audit_days: int = Field(default=90, ge=0)
     """Days after which entries of the audit are removed; 0 keeps them."""
-    log_text: bool = False
-    """Whether the log may hold texts. For finding faults only."""
     watch_seconds: float = Field(default=2.0, ge=0.0)
     """How often the bank's and the policy's files are looked at for a new version; 0 means never."""
     metrics_features: str = ""
