@@ -81,11 +81,6 @@ class Guard:
 
     def publish(self) -> None:
         """Say in the metrics which bank and policy are in use."""
-        bank, policy = self.bank, self.policy
-        self.metrics.set_bank(
-            name=bank.manifest.name,
-            version=bank.manifest.version,
-            model=bank.manifest.model.id,
-            content_hash=bank.content_hash[:12],
-        )
-        self.metrics.set_policy(name=policy.name, version=policy.version, on_error=policy.on_error)
+        from guard.reports import publish
+
+        publish(self.metrics, self.bank, self.policy)

@@ -10,6 +10,7 @@ from feature_bank.bank import Bank
 from guard.events import SEVERITY, ActionName, SequenceReport
 from guard.judge import Judge, sigmoid
 from guard.metrics import Metrics
+from guard.policy import Policy
 from guard.state import BatchState
 
 
@@ -64,6 +65,15 @@ def count_reports(metrics: Metrics, reports: Sequence[SequenceReport], *, failed
         metrics.count_tokens(report.tokens_observed, report.tokens_generated)
         metrics.observe_scores(report.response_scores if answered else report.prompt_scores)
         metrics.count_request("response" if answered else "prompt", "error" if failed else report.action)
+
+
+def publish(metrics: Metrics, bank: Bank, policy: Policy) -> None:
+    """Say in the metrics which bank and policy are in use."""
+    manifest = bank.manifest
+    metrics.set_bank(
+        name=manifest.name, version=manifest.version, model=manifest.model.id, content_hash=bank.content_hash[:12]
+    )
+    metrics.set_policy(name=policy.name, version=policy.version, on_error=policy.on_error)
 
 
 class ShownFeatures:

@@ -32,6 +32,8 @@ class Choice:
 
     ids: Sequence[int]
     options: GenerationOptions
+    prompt: str
+    """Its text, for an audit that keeps texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,7 @@ class Answer:
     reports: dict[int, SequenceReport] = field(default_factory=dict)
     _heard: asyncio.Queue[tuple[int, StreamEvent | SailguardError]] = field(default_factory=asyncio.Queue)
     _open: dict[int, object] = field(default_factory=dict)
+    _said: dict[int, str] = field(default_factory=dict)
 
     @property
     def action(self) -> str:
@@ -102,9 +105,10 @@ class Answer:
                 continue  # The choice has ended: whatever an engine says after that is not heard.
             if isinstance(event, SailguardError):
                 raise event
-            recorded = await self.recorder.record(self.engine, event.verdicts, choice=index)
-            if not recorded:
+            if not await self._record(index, event):
                 raise audit_failed()
+            if event.finish_reason != "content_filter":
+                self._said[index] = self._said.get(index, "") + event.text
             if event.finish_reason is None:
                 yield Piece(index=index, text=event.text)
                 continue
@@ -120,3 +124,11 @@ class Answer:
                 finish_reason=event.finish_reason,
                 report=report,
             )
+
+    async def _record(self, index: int, event: StreamEvent) -> bool:
+        """Keep an event's verdicts: those on the prompt with it, those on the answer with what was said before."""
+        kept = True
+        for phase, text in (("prompt", self.choices[index].prompt), ("response", self._said.get(index, ""))):
+            verdicts = [verdict for verdict in event.verdicts if verdict.phase == phase]
+            kept = await self.recorder.record(self.engine, verdicts, choice=index, text=text) and kept
+        return kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -38,11 +38,13 @@ async def respond(
     wire: Wire,
     endpoint: str,
     prompts: Any,
+    texts: Sequence[str],
     param: str,
 ) -> Response:
     """Generate `body.n` choices for each prompt, and answer with them.
 
-    prompts: called on the model thread, gives the ids of every prompt. param: the field that holds them.
+    prompts: called on the model thread, gives the ids of every prompt. texts: the prompts themselves.
+    param: the field that holds them.
     """
     services, record = Services.of(request), Record.of(request)
     deadline = Deadline(services.settings.request_timeout, services.metrics)
@@ -51,7 +53,7 @@ async def respond(
         async with attended(request), deadline.kept():
             await stack.enter_async_context(services.slots.take())
             ids = await services.runner.call(prompts)
-            choices = _choices(ids, engine, body, services.settings.max_new_tokens, param)
+            choices = _choices(ids, texts, engine, body, services.settings.max_new_tokens, param)
             answer = Answer(engine, services.recorder(request, endpoint), choices)
             stack.callback(answer.close)
             with services.tracing.span("generate", choices=len(choices)):
@@ -69,12 +71,17 @@ async def respond(
 
 
 def _choices(
-    prompts: list[list[int]], engine: AnsweringEngine, body: GenerationRequest, cap: int, param: str
+    prompts: list[list[int]],
+    texts: Sequence[str],
+    engine: AnsweringEngine,
+    body: GenerationRequest,
+    cap: int,
+    param: str,
 ) -> list[Choice]:
     from guard.serving import GenerationOptions
 
     choices = []
-    for ids in prompts:
+    for ids, text in zip(prompts, texts, strict=True):
         room = engine.context_length - len(ids)
         if room < 1:
             raise context_length_exceeded(engine.context_length, len(ids), param)
@@ -87,7 +94,7 @@ def _choices(
                 seed=None if body.seed is None else (body.seed + number) % 2**63,
                 stop=tuple(body.stop or ()),
             )
-            choices.append(Choice(ids=ids, options=options))
+            choices.append(Choice(ids=ids, options=options, prompt=text))
     return choices
 
 

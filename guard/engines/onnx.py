@@ -16,7 +16,7 @@ from guard.engines.onnx_stream import Released, ResponseJudge, push_all
 from guard.events import TextScore, Trace
 from guard.metrics import Metrics
 from guard.policy import Policy
-from guard.reports import ShownFeatures
+from guard.reports import ShownFeatures, publish
 from guard.stream_judge import StreamJudge
 from guard.text_judging import score_text, trace_text
 
@@ -77,7 +77,7 @@ class OnnxEngine:
             metrics or Metrics(),
             max_tokens,
         )
-        engine._publish()
+        publish(engine.metrics, engine.bank, engine.policy)
         return engine
 
     def reloaded(self, bank: Path | None, policy: Path | None) -> OnnxEngine:
@@ -95,7 +95,7 @@ class OnnxEngine:
             self.metrics,
             self._max_tokens,
         )
-        engine._publish()
+        publish(engine.metrics, engine.bank, engine.policy)
         return engine
 
     def close(self) -> None:
@@ -170,13 +170,3 @@ class OnnxEngine:
     def push_all(self, pushes: Sequence[tuple[ResponseJudge, str, bool]]) -> list[Released]:
         """`ResponseJudge.push` of (judge, text, last) for several answers at once, each at most once."""
         return push_all(self._model.read_stream, pushes)
-
-    def _publish(self) -> None:
-        manifest, policy = self.bank.manifest, self.policy
-        self.metrics.set_bank(
-            name=manifest.name,
-            version=manifest.version,
-            model=manifest.model.id,
-            content_hash=self.bank.content_hash[:12],
-        )
-        self.metrics.set_policy(name=policy.name, version=policy.version, on_error=policy.on_error)

@@ -33,5 +33,6 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         wire=ChatWire(engine.model_id),
         endpoint="chat",
         prompts=lambda: [engine.prompt_ids(messages)],
+        texts=["\n".join(message["content"] for message in messages)],
         param="messages",
     )

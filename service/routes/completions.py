@@ -34,5 +34,6 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         wire=TextWire(engine.model_id),
         endpoint="completions",
         prompts=lambda: [engine.text_ids(text) for text in body.prompt],
+        texts=body.prompt,
         param="prompt",
     )

@@ -107,7 +107,7 @@ def answer_of(served: Scripted, ledger: Ledger, bus: EventBus | None = None) -> 
         key_id="key-1",
         endpoint="chat",
     )
-    choices = [Choice(ids=[1], options=None) for _ in served.scripts]  # type: ignore[arg-type]  # it looks at none
+    choices = [Choice(ids=[1], options=None, prompt="said") for _ in served.scripts]  # type: ignore[arg-type]
     return Answer(served, recorder, choices)  # type: ignore[arg-type]  # as much of an engine as an answer needs
 
 
@@ -136,7 +136,7 @@ def test_entries_say_whose_request_which_choice_and_which_versions(engine: Any) 
     (entry,) = ledger.entries
     assert (entry.request_id, entry.key_id, entry.endpoint, entry.choice) == ("req_1", "key-1", "chat", 1)
     assert (entry.model, entry.bank, entry.policy) == ("scripted", "bank-1", "policy-1")
-    assert entry.text is None
+    assert entry.text == "", "nothing was said before it"
 
 
 @pytest.mark.parametrize("on_error", ["block", "flag", "allow"])
@@ -250,3 +250,11 @@ def test_audit_is_closed_with_the_server(make_app: Callable[..., Any]) -> None:
     with TestClient(app):
         assert not ledger.closed
     assert ledger.closed
+
+
+def test_the_audit_is_given_the_text_that_a_verdict_is_about(
+    with_ledger: Callable[..., tuple[TestClient, Ledger]], chat: Callable[..., dict[str, Any]]
+) -> None:
+    client, ledger = with_ledger()
+    assert client.post("/v1/chat/completions", json=chat("one two BLOCK three")).status_code == 200
+    assert [entry.text for entry in ledger.entries] == ["one two "]  # what was said before the deciding token
