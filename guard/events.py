@@ -122,9 +122,19 @@ class TraceToken(_Record):
     index: int
     token_id: int
     text: str
+    """Those of all tokens make up the text: empty for a token that ends within a character."""
     observed: bool
     scores: Mapping[str, float]
     features: tuple[FeatureHit, ...]
+    segment: int | None = None
+    """Of a prompt's token that is judged, the number of its message; None where there is but one text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values; without the segment if there is none."""
+        data = asdict(self)
+        if self.segment is None:
+            del data["segment"]
+        return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,3 +143,7 @@ class Trace(_Record):
 
     tokens: tuple[TraceToken, ...]
     score: TextScore
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return {"tokens": [token.to_dict() for token in self.tokens], "score": self.score.to_dict()}

@@ -77,6 +77,11 @@ class Metrics:
             buckets=_STEP_BUCKETS,
             registry=self.registry,
         )
+        self._pass_seconds = Counter(
+            "sailguard_pass_seconds",
+            "Time of forward passes in which answers were generated, the guard's own included.",
+            registry=self.registry,
+        )
         self._tokens_observed = Counter(
             "sailguard_tokens_observed", "Generated tokens that the guard observed.", registry=self.registry
         )
@@ -182,6 +187,10 @@ class Metrics:
     def observe_step(self, seconds: float) -> None:
         """Record the time in seconds that the guard added to one forward pass."""
         self._step_overhead.observe(seconds)
+
+    def observe_pass(self, seconds: float) -> None:
+        """Record the time in seconds of one whole forward pass; `observe_step` has the guard's share of it."""
+        self._pass_seconds.inc(seconds)
 
     def count_tokens(self, observed: int, generated: int) -> None:
         """Add to the two token counters; their ratio is the guard's coverage and has to stay at 1."""

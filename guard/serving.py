@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from feature_bank.identity import check_identity
 from feature_bank.layout import Role, content_ids
 from guard.canary import check_canary
-from guard.engines.continuous import OWN
-from guard.engines.decoding import Sampler, TextStream
+from guard.engines.decoding import Sampler
 from guard.engines.judging import Judging
-from guard.engines.requests import Guarded
+from guard.engines.requests import Guarded, Observer
 from guard.errors import GuardError, UnsupportedGenerationError
-from guard.events import FinishReason, SequenceReport, StreamEvent, TextScore, Trace, Verdict
+from guard.events import TextScore, Trace
+from guard.generation import Generation, GenerationOptions, Heard
+from guard.judge import TOP_FEATURES
 from guard.monitor import Monitor
 from guard.session import AttachedGuard, Messages
+from guard.steering_request import steering_rules
 from guard.text_scoring import TextScorer
 
 if TYPE_CHECKING:
@@ -35,72 +35,6 @@ _PAGE = 64  # tokens of a page of the cache
 _PASS_TOKENS = 512  # of one pass on a CPU: a long prompt is read in pieces, so that other answers go on meanwhile
 _END_SECONDS = 10.0
 _SHARE = 2048  # tokens of the cache for each request, unless the caller says
-
-Heard = Callable[["StreamEvent | GuardError"], None]
-"""Told of every event of an answer, on the model's thread; a GuardError is the last thing that it hears."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationOptions:
-    """How one answer is to be generated."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-class Generation:
-    """One answer under way. Events come through `heard`; `report` is there when the last of them has come."""
-
-    def __init__(self, tokenizer: Any, options: GenerationOptions, refusal: str, heard: Heard) -> None:
-        self.request_id = f"{OWN}{uuid.uuid4().hex}"
-        self.report: SequenceReport | None = None
-        self._text = TextStream(tokenizer, options.stop)
-        self._options = options
-        self._refusal = refusal
-        self._heard = heard
-        self._read = 0
-        self._told = 0
-        self._held = ""
-        self._cancelled = False
-
-    def advance(self, tokens: Sequence[int], verdicts: Sequence[Verdict], may_show: bool) -> bool:
-        """Take the judged tokens so far. Returns whether a stop sequence has ended the answer."""
-        self._push(tokens)
-        if self._text.stopped:
-            return True
-        news = tuple(verdicts[self._told :])
-        if may_show and (self._held or news):
-            shown, self._held, self._told = self._held, "", len(verdicts)
-            self._heard(StreamEvent(token_id=tokens[-1] if tokens else None, text=shown, verdicts=news))
-        return False
-
-    def end(self, tokens: Sequence[int], ended: bool, report: SequenceReport, error: str | None) -> None:
-        """Take the whole answer: the last event."""
-        self.report = report
-        blocked = report.action == "block"
-        if error is not None and not blocked:
-            self._heard(GuardError(f"the model stopped in the middle of an answer: {error}"))
-            return
-        reason: FinishReason
-        if blocked:
-            text, reason = self._refusal, "content_filter"
-        else:
-            self._push(tokens)
-            text = self._held + self._text.flush()
-            reason = "stop" if ended or self._text.stopped else "length"
-        news = tuple(report.verdicts[self._told :])
-        self._heard(
-            StreamEvent(token_id=None, text=text, verdicts=news, scores=report.response_scores, finish_reason=reason)
-        )
-
-    def _push(self, tokens: Sequence[int]) -> None:
-        for token in tokens[self._read :]:
-            if not self._text.stopped:
-                self._held += self._text.push(token)
-        self._read = len(tokens)
 
 
 class ServingGuard:
@@ -172,11 +106,19 @@ class ServingGuard:
         sink = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [*([] if sink is None else [sink]), *content_ids(tokenizer, text)]
 
-    def generate(self, ids: Sequence[int], options: GenerationOptions, heard: Heard) -> Generation:
+    def check_steering(self, items: Sequence[str]) -> None:
+        """Raise PolicyError for what cannot be steered by: see `GenerationOptions.steer`."""
+        steering_rules(self.guard.bank, items)
+
+    def generate(
+        self, ids: Sequence[int], options: GenerationOptions, heard: Heard, observer: Observer | None = None
+    ) -> Generation:
         """Begin one answer to a prompt. A token's text is handed out only after the token has been judged.
 
         When a rule blocks, the last event carries the refusal text alone and `finish_reason="content_filter"`.
-        Raises GuardError if the prompt leaves no room for an answer, or nothing takes it.
+        observer: told of the prompt's tokens and of those whose text is shown, just before the event that shows it.
+        Raises GuardError if the prompt leaves no room for an answer, or nothing takes it, PolicyError for steering that
+        the bank does not hold.
         """
         room = self.context_length - len(ids)
         if room < 1 or not ids:
@@ -184,8 +126,14 @@ class ServingGuard:
         sampler = None
         if options.temperature > 0.0:
             sampler = Sampler(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-        generation = Generation(self._shared.attached.tokenizer, options, self.guard.policy.refusal, heard)
-        guarded = Guarded(judging=self._judging, sampler=sampler, listener=generation)
+        generation = Generation(self._shared.attached.tokenizer, options, self.guard.policy.refusal, heard, observer)
+        guarded = Guarded(
+            judging=self._judging,
+            sampler=sampler,
+            listener=generation,
+            steer=steering_rules(self.guard.bank, options.steer),
+            observer=generation.tokens,
+        )
         limit = max(1, min(options.max_new_tokens, room))
         self._shared.submit(generation.request_id, guarded, input_ids=list(ids), max_new_tokens=limit)
         return generation
@@ -199,10 +147,10 @@ class ServingGuard:
         with self._shared.attached.engine.paused():
             return self._scorer.score(texts, roles)
 
-    def trace(self, text: str, role: Role = "prompt") -> Trace:
-        """Judge one text and keep what every token showed."""
+    def trace(self, text: str, role: Role = "prompt", *, top: int | None = TOP_FEATURES) -> Trace:
+        """Judge one text and keep what every token showed: its `top` strongest features, or all that are active."""
         with self._shared.attached.engine.paused():
-            return self._scorer.trace(text, role)
+            return self._scorer.trace(text, role, top=top)
 
 
 class _Shared:

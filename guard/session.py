@@ -15,6 +15,7 @@ from guard.engines.decoding import Sampler, TextStream
 from guard.engines.transformers import TransformersEngine
 from guard.errors import GuardError
 from guard.events import Completion, FinishReason, SequenceReport, StreamEvent, TextScore, Trace
+from guard.judge import TOP_FEATURES
 from guard.monitor import Monitor
 from guard.state import BatchState
 from guard.text_scoring import TextScorer
@@ -272,12 +273,12 @@ class AttachedGuard:
         with self._engine.paused():
             return self._scorer.score(texts, chosen)
 
-    def trace(self, text: str, role: Role = "prompt") -> Trace:
-        """Judge one text and keep what every token showed."""
+    def trace(self, text: str, role: Role = "prompt", *, top: int | None = TOP_FEATURES) -> Trace:
+        """Judge one text and keep what every token showed: its `top` strongest features, or all that are active."""
         self._check_open()
         _check_role(role)
         with self._engine.paused():
-            return self._scorer.trace(text, role)
+            return self._scorer.trace(text, role, top=top)
 
     def _check_open(self) -> None:
         if self._closed:

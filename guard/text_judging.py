@@ -10,6 +10,7 @@ import numpy.typing as npt
 from feature_bank.layout import Rendered, Role, scored_positions
 from guard.events import SEVERITY, FeatureHit, Phase, TextScore, Trace, TraceToken
 from guard.judge import TOP_FEATURES, Floats, Judge, Judged, sigmoid
+from guard.token_texts import token_texts
 
 
 def score_text(
@@ -28,26 +29,71 @@ def trace_text(
     role: Role,
     feature_acts: Floats,
     special_ids: Collection[int],
-    decode: Callable[[Sequence[int]], str],
+    decode: Callable[[list[int]], str],
+    top: int | None = TOP_FEATURES,
 ) -> Trace:
-    """Every token of the text itself (not of the template around it) with its scores and strongest features."""
+    """Every token of the text itself (not of the template around it) with its scores and its `top` strongest features,
+    or all that are active."""
     score, judged, kept = _score(judge, rendered, role, feature_acts, special_ids)
-    row_of = {position: row for row, position in enumerate(kept.tolist())}
+    own = kept >= rendered.start
+    tokens = trace_tokens(
+        judge,
+        rendered.ids[rendered.start :],
+        decode,
+        positions=kept[own] - rendered.start,
+        logits=judged.logits[own],
+        feature_acts=feature_acts[kept[own]],
+        top=top,
+    )
+    return Trace(tokens=tokens, score=score)
+
+
+def trace_tokens(
+    judge: Judge,
+    ids: Sequence[int],
+    decode: Callable[[list[int]], str],
+    *,
+    positions: npt.NDArray[np.int64],
+    logits: Floats,
+    feature_acts: Floats,
+    segments: npt.NDArray[np.int64] | None = None,
+    top: int | None = None,
+) -> tuple[TraceToken, ...]:
+    """All of `ids`, of which k have been judged: their positions and segments (k,), logits (k, D), activations (k, F).
+
+    top: features of a token; None for all that are active.
+    """
+    row_of = {position: row for row, position in enumerate(positions.tolist())}
     tokens = []
-    for position in range(rendered.start, len(rendered.ids)):
+    for position, (token, text) in enumerate(zip(ids, token_texts(ids, decode), strict=True)):
         row = row_of.get(position)
-        logits = None if row is None else judged.logits[row].tolist()
+        known = () if row is None else zip(judge.domains, logits[row].tolist(), strict=True)
         tokens.append(
             TraceToken(
-                index=position - rendered.start,
-                token_id=rendered.ids[position],
-                text=decode([rendered.ids[position]]),
+                index=position,
+                token_id=token,
+                text=text,
                 observed=row is not None,
-                scores={} if logits is None else {d: sigmoid(z) for d, z in zip(judge.domains, logits, strict=True)},
-                features=() if row is None else _strongest(judge, feature_acts[position]),
+                scores={domain: sigmoid(logit) for domain, logit in known},
+                features=() if row is None else active_features(judge, feature_acts[row], top),
+                segment=None if row is None or segments is None else int(segments[row]),
             )
         )
-    return Trace(tokens=tuple(tokens), score=score)
+    return tuple(tokens)
+
+
+def active_features(
+    judge: Judge, acts: Floats, top: int | None = None, *, streaming: bool = False
+) -> tuple[FeatureHit, ...]:
+    """The features active on one token (F,), strongest first, whatever the domain; `top` of them, or all.
+
+    A contribution is the largest to any domain's logit; streaming: as heads for responses count it.
+    """
+    heads = judge.streaming_heads if streaming else judge.heads
+    active = np.flatnonzero(acts > 0)
+    order = active[np.argsort(-acts[active], kind="stable")][:top].tolist()
+    largest = (heads.clip(acts)[:, None] * heads.weight).max(1)
+    return tuple(judge.hit(i, acts, largest) for i in order)
 
 
 def _score(
@@ -78,10 +124,3 @@ def _score(
         truncated=rendered.truncated,
     )
     return score, judged, positions
-
-
-def _strongest(judge: Judge, acts: Floats) -> tuple[FeatureHit, ...]:
-    """The features most active on one token (F,), whatever the domain."""
-    order = np.argsort(-acts, kind="stable")[:TOP_FEATURES].tolist()
-    largest = (judge.heads.clip(acts)[:, None] * judge.heads.weight).max(1)
-    return tuple(judge.hit(i, acts, largest) for i in order if acts[i] > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from feature_bank.layout import Rendered, Role, render
 from guard.capture import length_batches, pad_batch, truncated_forward
 from guard.events import TextScore, Trace
-from guard.judge import Floats
+from guard.judge import TOP_FEATURES, Floats
 from guard.metrics import Metrics
 from guard.monitor import Monitor
 from guard.reports import ShownFeatures
@@ -40,11 +41,13 @@ class TextScorer:
             results[index] = score_text(self._monitor, rendered[index], roles[index], acts, self._special)
         return [results[i] for i in range(len(texts))]
 
-    def trace(self, text: str, role: Role) -> Trace:
-        """Every token of the text itself (not of the template around it) with its scores and strongest features."""
+    def trace(self, text: str, role: Role, *, top: int | None = TOP_FEATURES) -> Trace:
+        """Every token of the text itself (not of the template around it) with its scores and its `top` strongest
+        features, or all that are active."""
         rendered = render(self._tokenizer, text, role, max_tokens=self._context)
         (_, acts), *_ = self._encoded([rendered])
-        return trace_text(self._monitor, rendered, role, acts, self._special, self._tokenizer.decode)
+        decode = partial(self._tokenizer.decode, clean_up_tokenization_spaces=False)
+        return trace_text(self._monitor, rendered, role, acts, self._special, decode, top)
 
     def _encoded(self, rendered: Sequence[Rendered]) -> Iterator[tuple[int, Floats]]:
         """(index, feature activations (n, F)) of every text, in batches of similar length."""

@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from guard.engines.batch_manager import Share, Tap, cached_manager, cut, end_next, open_manager, read_shares
 from guard.engines.judging import FORBIDDEN, Judging
+from guard.engines.observing import show_prompt, show_token
+from guard.engines.parts import Part, steer_parts
 from guard.engines.requests import Guarded, Request
 from guard.errors import GuardError, UnsupportedGenerationError
 from guard.events import Verdict
@@ -26,13 +29,6 @@ from guard.reports import OrderedReports, count_reports, make_reports
 
 OWN = "own-"
 """How the ids of requests begin that `submit` adds with a listener: nothing of them enters the manager's queue."""
-
-
-class _Part(NamedTuple):
-    request: Request
-    share: Share
-    again: int
-    """Tokens of the share that an earlier pass has read."""
 
 
 class ContinuousBatching:
@@ -57,12 +53,14 @@ class ContinuousBatching:
         self._added = 0
         self._requests: dict[str, Request] = {}
         self._cancelled: set[str] = set()
-        self._pass: list[_Part] = []
+        self._pass: list[Part] = []
         self._judgings: tuple[Judging, ...] = ()
         """Those of the pass in work: requests may be guarded by different banks and policies."""
         self._hidden: dict[str, Tensor] = {}
         self._judged: list[Judging] = []
-        self._seconds = 0.0
+        self._to_show: list[Callable[[], None]] = []
+        """What the observers of the requests just judged are to be shown."""
+        self._seconds = self._started = 0.0
 
     # ---- the manager -------------------------------------------------------------------------------------
 
@@ -263,7 +261,8 @@ class ContinuousBatching:
         """
         assert self._tap is not None
         self._hidden.clear()
-        self._judged, self._seconds, self._pass, self._judgings = [], 0.0, [], ()
+        self._judged, self._to_show, self._seconds, self._pass, self._judgings = [], [], 0.0, [], ()
+        self._started = time.perf_counter()
         with self._lock:
             try:
                 shares = read_shares(self._tap.manager, kwargs)
@@ -272,7 +271,7 @@ class ContinuousBatching:
                     request = self._requests.get(share.request_id)
                     if request is not None:
                         request.begin()
-                        self._pass.append(_Part(request, share, request.unread(share.position, share.ids)))
+                        self._pass.append(Part(request, share, request.unread(share.position, share.ids)))
                     elif share.request_id not in self._cancelled:
                         raise UnsupportedGenerationError(
                             f"request {share.request_id} was not added through the manager's add_request"
@@ -292,14 +291,17 @@ class ContinuousBatching:
             for judging in self._judgings:
                 parts = [part for part in self._pass if part.request.judging is judging]
                 try:
-                    steered = self._steer(name, hidden, parts, steered)
+                    steered = steer_parts(name, hidden, parts, steered)
                     if name == judging.last_hook:
                         self._judge(judging, parts)
                 except Exception as e:  # noqa: BLE001  # whatever it is, the policy says what follows from it
                     self._fail(e, [part.request for part in parts])
                 if name == judging.last_hook:
                     self._judged.append(judging)  # or the failure to do so has been dealt with
-        self._seconds += time.perf_counter() - started
+            self._seconds += time.perf_counter() - started
+            for show in self._to_show:  # not part of what the guard costs
+                show()
+            self._to_show.clear()
         return steered
 
     def after_pass(self, output: Any) -> None:
@@ -316,6 +318,7 @@ class ContinuousBatching:
             self._pass, self._judgings = [], ()
         self._hidden.clear()
         self._judging.metrics.observe_step(self._seconds)
+        self._judging.metrics.observe_pass(time.perf_counter() - self._started)
 
     def _choose(self, request: Request, share: Share, logits: Float[Tensor, " vocab"]) -> None:
         """Leave a request the one token that its sampler chooses, or its end if it is to be stopped."""
@@ -332,42 +335,35 @@ class ContinuousBatching:
             logits.fill_(FORBIDDEN)
             logits[token] = 0.0
 
-    def _steer(self, name: str, hidden: Tensor, parts: Sequence[_Part], steered: Tensor | None) -> Tensor | None:
-        """The activations with the rows of these parts steered, made of `steered` if some others are already."""
-        for request, share, _ in parts:
-            if name not in request.judging.hook_names:
-                continue
-            for part, steering in request.steered(share.position, len(share.ids)):
-                rows = slice(share.start + part.start, share.start + part.stop)
-                changed = steering.apply(name, hidden[:, rows])
-                if changed is not None:
-                    steered = hidden.clone() if steered is None else steered
-                    steered[:, rows] = changed
-        return steered
-
-    def _judge(self, judging: Judging, parts: Sequence[_Part]) -> None:
+    def _judge(self, judging: Judging, parts: Sequence[Part]) -> None:
         seen = {name: self._hidden[name] for name in judging.hook_names if name in self._hidden}
         if len(seen) != len(judging.hook_names):
             raise GuardError(f"hooks did not fire: {sorted(set(judging.hook_names) - set(seen))}")
-        answering: list[tuple[Request, int]] = []
+        answering: list[tuple[Request, int, int]] = []
         for request, share, again in parts:
             first, stop = share.start + again, share.start + len(share.ids)
             if first == stop:
                 continue
             if len(request.ids) >= len(request.prompt):
                 if share.ids[again] not in judging.special:
-                    answering.append((request, first))
+                    answering.append((request, first, share.ids[again]))
+                elif request.observer is not None:
+                    self._to_show.append(partial(show_token, request, share.ids[again], observed=False))
                 continue
             whole = request.prompt_part({name: hidden[0, first:stop] for name, hidden in seen.items()})
             if whole is not None:
                 self._act(request, judging.judge_prompt(request.begin(), 0, request.prompt, whole))
+                if request.observer is not None:
+                    self._to_show.append(partial(show_prompt, request, whole))
         if answering:
             monitor = judging.monitor
-            rows = torch.tensor([row for _, row in answering], device=monitor.device)
-            states = [request.begin() for request, _ in answering]
+            rows = torch.tensor([row for _, row, _ in answering], device=monitor.device)
+            states = [request.begin() for request, _, _ in answering]
             found = monitor.observe_each(states, {name: x[0, rows] for name, x in seen.items()})
-            for (request, _), verdicts in zip(answering, found, strict=True):
+            for (request, _, token), verdicts in zip(answering, found, strict=True):
                 self._act(request, verdicts)
+                if request.observer is not None:
+                    self._to_show.append(partial(show_token, request, token, observed=True))
 
     def _act(self, request: Request, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:

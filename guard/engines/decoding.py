@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from guard.token_texts import TokenTexts
 
 _LIKELY = 1024  # tokens among which the nucleus is looked for first; to sort a whole vocabulary takes milliseconds
 
@@ -46,39 +49,26 @@ class TextStream:
     """Turns token ids into text as they come: no half characters, and nothing at or beyond a stop sequence."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
         self._stop = tuple(s for s in stop if s)
-        self._ids: list[int] = []
-        self._anchor = 0  # ids before it are only context for the decoder (word-initial spaces)
-        self._read = 0
+        self._texts = TokenTexts(partial(tokenizer.decode, skip_special_tokens=True))
         self._held = ""  # text that may turn out to begin a stop sequence
         self.stopped = False
+        self.pieces: list[str] = []
+        """The text of each token, as far as it is known; of a special token it is empty."""
 
     def push(self, token_id: int) -> str:
         """The text that can be shown now that `token_id` has come. Sets `stopped` when a stop sequence is complete."""
-        self._ids.append(token_id)
-        before, after = (
-            self._decode(self._ids[self._anchor : self._read]),
-            self._decode(self._ids[self._anchor :]),
-        )
-        if after.endswith("\ufffd") and len(self._ids) - self._read < 8:  # a character that is not complete yet
-            return ""
-        self._anchor, self._read = self._read, len(self._ids)
-        return self._release(self._held + after[len(before) :])
+        known = self._texts.push(token_id)
+        self.pieces += known
+        return self._release(self._held + "".join(known)) if known else ""
 
     def flush(self) -> str:
         """What was held back, at the end of the stream; nothing after a stop sequence."""
         if self.stopped:
             return ""
-        before, after = (
-            self._decode(self._ids[self._anchor : self._read]),
-            self._decode(self._ids[self._anchor :]),
-        )
-        text, self._held = self._held + after[len(before) :], ""
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        known = self._texts.flush()
+        self.pieces += known
+        text, self._held = self._held + "".join(known), ""
         return text
 
     def _release(self, text: str) -> str:

@@ -33,6 +33,7 @@ class Judging:
         self.metrics = metrics
         self.errors: deque[str] = deque(maxlen=_ERRORS)
         self.special = frozenset[int](tokenizer.all_special_ids)
+        self._tokenizer = tokenizer
         self._template = template_segments(tokenizer, self.special)
         tables = (*monitor.rules.values(), monitor.streaming_rules)
         self.bound = {bound.rule.label: bound for table in tables for bound in table.rules}
@@ -53,7 +54,7 @@ class Judging:
 
         Raises GuardError if the activations are not numbers.
         """
-        observed, segment = self._place(ids)
+        observed, segment = self.place(ids)
         positions = observed.nonzero().flatten()
         at = positions if where is None else where[observed]
         acts = self.monitor.encoder.encode({name: x[at] for name, x in hidden.items()})
@@ -64,16 +65,21 @@ class Judging:
         self, state: BatchState, row: int, ids: Sequence[int], feature_acts: Float[Tensor, "m F"]
     ) -> list[Verdict]:
         """`judge_prompt` for activations that are encoded already, one row for each of the m tokens."""
-        observed, segment = self._place(ids)
+        observed, segment = self.place(ids)
         acts = feature_acts[observed]
         self._shown.observe(acts)
         return self.monitor.observe_prompt(state, row, acts, segment, observed.nonzero().flatten())
 
-    def _place(self, ids: Sequence[int]) -> tuple[Bool[Tensor, " m"], Int[Tensor, " k"]]:
+    def place(self, ids: Sequence[int]) -> tuple[Bool[Tensor, " m"], Int[Tensor, " k"]]:
         """Which of the tokens are text to be judged, and the segment that each of these belongs to."""
         placed = layout(ids, self.special, self._template)
         observed = torch.from_numpy(placed.observed).to(self.monitor.device)
         return observed, torch.from_numpy(placed.segment).to(self.monitor.device)[observed]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens as it stands before the model, special tokens included."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     def fail(self, error: Exception, states: Iterable[BatchState]) -> None:
         """An internal error while the sequences of `states` ran: counted, logged, and by default all of them stop."""

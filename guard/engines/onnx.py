@@ -14,6 +14,7 @@ from guard.engines.onnx_model import ExportedModel, folder_digest
 from guard.engines.onnx_sidecar import Precision, check_fits
 from guard.engines.onnx_stream import Released, ResponseJudge, push_all
 from guard.events import TextScore, Trace
+from guard.judge import TOP_FEATURES
 from guard.metrics import Metrics
 from guard.policy import Policy
 from guard.reports import ShownFeatures, publish
@@ -147,11 +148,11 @@ class OnnxEngine:
             for each, role, part in zip(rendered, roles, acts, strict=True)
         ]
 
-    def trace(self, text: str, role: Role) -> Trace:
-        """Judge one text and keep what every token showed."""
+    def trace(self, text: str, role: Role, *, top: int | None = TOP_FEATURES) -> Trace:
+        """Judge one text and keep what every token showed: its `top` strongest features, or all that are active."""
         rendered = self._model.rendered(text, role, self._max_tokens)
         (acts,) = self._model.activations([rendered])
-        return trace_text(self._judge, rendered, role, acts, self._special, self._model.tokenizer.decode)
+        return trace_text(self._judge, rendered, role, acts, self._special, self._model.tokenizer.decode, top)
 
     def open_response(self, *, request_id: str = "", step_tokens: int = STEP_TOKENS) -> ResponseJudge:
         """A judge for one answer that comes as text, piece by piece.

@@ -13,7 +13,7 @@ from torch import Tensor
 from guard.engines.decoding import Sampler
 from guard.engines.judging import Judging
 from guard.errors import GuardError, UnsupportedGenerationError
-from guard.events import SequenceReport, Verdict
+from guard.events import SequenceReport, TraceToken, Verdict
 from guard.rules import BoundRule
 from guard.state import BatchState
 from guard.steering import Steering
@@ -29,6 +29,17 @@ class Listener(Protocol):
         """The whole answer, judged; ended: by itself. error: why the manager could not go on with it."""
 
 
+class Observer(Protocol):
+    """Who is told what the guard sees of one request's tokens, as soon as it has judged them. Called while the model
+    waits; one that raises is not called again."""
+
+    def prompt(self, tokens: Sequence[TraceToken]) -> None:
+        """All tokens of the prompt, those of the template among them; these are not observed."""
+
+    def token(self, token: TraceToken) -> None:
+        """The next token of the answer. Its text is left empty, and its index counts the tokens that are judged."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guarded:
     """How one request is guarded and whom it answers to."""
@@ -37,6 +48,9 @@ class Guarded:
     sampler: Sampler | None = None
     """Chooses its tokens in the manager's place; None leaves them to the manager."""
     listener: Listener | None = None
+    steer: tuple[BoundRule, ...] = ()
+    """What steers it from the token on that chooses the first of its answer; rules that fire come on top."""
+    observer: Observer | None = None
 
 
 class Request:
@@ -62,6 +76,7 @@ class Request:
         self.judging = guarded.judging
         self.sampler = guarded.sampler
         self.listener = guarded.listener
+        self.observer = guarded.observer
         self.number = number
         """Its place among the requests, in the order in which they were added."""
         self.prompt = list(prompt)
@@ -77,7 +92,10 @@ class Request:
         self.state: BatchState | None = None
         self._chunks: list[Mapping[str, Tensor]] = []
         self._in_force: dict[str, BoundRule] = {}
+        self._steer = guarded.steer
         self._steered: list[tuple[int, Steering | None]] = []  # from which position on, in order
+        if self._steer:  # made by whoever adds it: an error would end the manager's thread
+            self._steered.append((len(self.prompt) - 1, self._steering()))
 
     @property
     def answer(self) -> list[int]:
@@ -150,13 +168,18 @@ class Request:
                 self._in_force.setdefault(verdict.rule, self.judging.bound[verdict.rule])
         if self._in_force.keys() == before.keys():
             return
-        steering: Steering | None = None
-        if self._in_force:
-            monitor = self.judging.monitor
-            steering = Steering(monitor.bank, monitor.encoder, 1)
-            for rule in self._in_force.values():
-                steering.steer(0, rule)
-        self._steered.append((position, steering))
+        self._steered.append((position, self._steering()))
+
+    def _steering(self) -> Steering | None:
+        """What is in force now: what the request brought with it, and the rules that have fired."""
+        rules = (*self._steer, *self._in_force.values())
+        if not rules:
+            return None
+        monitor = self.judging.monitor
+        steering = Steering(monitor.bank, monitor.encoder, 1)
+        for rule in rules:  # where two clamp one feature, the later one counts: the policy's
+            steering.steer(0, rule)
+        return steering
 
     def steered(self, position: int, n: int) -> Iterator[tuple[slice, Steering]]:
         """What steers the n tokens from `position` on: slices of them, counted from 0, and what steers each slice."""

@@ -44,6 +44,7 @@ class Troubled:
                 metrics.observe_scores({"violence": 0.9})
                 metrics.observe_feature(STEADY, 2.0)
                 metrics.observe_step(0.02)
+                metrics.observe_pass(1.0)
                 metrics.observe_batch(4)
                 metrics.observe_request(2.0, endpoint="moderations", status=200)
                 metrics.observe_request(2.0, endpoint="moderations", status=500)

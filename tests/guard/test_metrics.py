@@ -71,6 +71,7 @@ def test_page_parses_and_holds_every_series(metrics: Metrics) -> None:
         "sailguard_verdicts_total": {"domain", "action"},
         "sailguard_domain_score_bucket": {"domain", "le"},
         "sailguard_step_overhead_seconds_bucket": {"le"},
+        "sailguard_pass_seconds_total": set(),
         "sailguard_tokens_observed_total": set(),
         "sailguard_tokens_generated_total": set(),
         "sailguard_errors_total": {"on_error"},

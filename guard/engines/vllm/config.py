@@ -13,17 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from feature_bank.bank import Bank, shipped_bank_path
 from guard.engines.vllm.programs import RuleKey
 from guard.errors import GuardError, PolicyError
-from guard.heads import DomainHeads
 from guard.monitor import Monitor
-from guard.policy import Policy, Rule, Steer, Threshold, reason
-from guard.rules import BoundRule, bind_rules
+from guard.policy import Policy, reason
+from guard.rules import BoundRule
+from guard.steering_request import PREFIX, steering_rule
 
 BANK, POLICY, TENANTS = "SAILGUARD_BANK", "SAILGUARD_POLICY", "SAILGUARD_TENANTS"
 PROGRAMS = "SAILGUARD_STEERING_PROGRAMS"
 TENANT_ARG, STEER_ARG = "sailguard_tenant", "sailguard_steer"
 SHIPPED = "shipped"
 DEFAULT_PROGRAMS = 16
-_REQUEST = "request"  # the lane of rules that a request brings with it
 
 
 class _Section(BaseModel):
@@ -81,9 +80,9 @@ class Config(NamedTuple):
             raise GuardError(f"vllm_xargs: {STEER_ARG} is not allowed for this tenant; set 'overrides: true' for it")
         for item in items:
             try:
-                _own_rule(self.bank, item)
+                steering_rule(self.bank, item)
             except PolicyError as e:
-                raise GuardError(f"vllm_xargs: {e}") from None
+                raise GuardError(f"vllm_xargs: {STEER_ARG} {e}") from None
         return Options(tenant, items)
 
 
@@ -146,43 +145,11 @@ class Rules:
 
     def find(self, key: RuleKey) -> BoundRule:
         """The rule. Raises PolicyError if the bank does not hold what a request's own rule names."""
-        if key[0] == f"{_REQUEST}:":
-            return _own_rule(self._bank, key[1])
+        if key[0] == PREFIX:
+            return steering_rule(self._bank, key[1])
         return self._known[key]
 
 
 def own_rules(options: Options) -> list[RuleKey]:
     """The keys of the steering that a request brings with it."""
-    return [(f"{_REQUEST}:", item) for item in options.steer]
-
-
-def _own_rule(bank: Bank, item: Any) -> BoundRule:
-    policy = Policy(name=_REQUEST, rules=(_steering_rule(item),))
-    heads = DomainHeads(bank, streaming=True)
-    (bound,) = bind_rules(policy, bank, heads, "response", streaming=True).rules
-    return bound
-
-
-def _steering_rule(item: Any) -> Rule:
-    """The rule that `TARGET=STRENGTH`, `TARGET=clamp:VALUE` or `TARGET=ablate` stands for."""
-    target, _, what = str(item).partition("=")
-    try:
-        op, _, value = what.partition(":")
-        if op == "clamp":
-            steer = Steer(op="clamp", value=float(value))
-        elif op == "ablate" and not value:
-            steer = Steer(op="ablate")
-        else:
-            steer = Steer(op="add", strength=float(what))
-        kind = "feature" if target.startswith("L") else "concept" if "/" in target else "domain"
-        threshold = Threshold(probability=0.5) if kind == "domain" else Threshold(activation=1.0)
-        return Rule.model_validate(
-            {kind: target, "threshold": threshold, "action": "steer", "steer": steer, "name": str(item)}
-        )
-    except ValidationError as e:
-        raise GuardError(f"vllm_xargs: {STEER_ARG} {str(item)!r}: {reason(e)}") from None
-    except ValueError:
-        raise GuardError(
-            f"vllm_xargs: {STEER_ARG} {str(item)!r}: expected TARGET=STRENGTH, TARGET=clamp:VALUE or TARGET=ablate, "
-            "with a domain, a concept or a feature's id as TARGET"
-        ) from None
+    return [(PREFIX, item) for item in options.steer]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from guard.events import SequenceReport
+from guard.errors import GuardError
+from guard.events import SequenceReport, StreamEvent
+from guard.serving import Generation, GenerationOptions, ServingGuard
 from guard.session import AttachedGuard
 from tests.guard.generation import END, assert_same_report
 
 STEER = {"domain": "violence", "action": "steer", "scope": ["prompt"], "steer": {"op": "add", "strength": 5.0}}
+CHATS = [[{"role": "user", "content": text}] for text in ("Hello", "What is the capital of Peru?", "x", "A bird. " * 9)]
 JOIN = 30.0  # seconds that a test waits for a thread before it gives up
 
 
@@ -99,3 +103,38 @@ class Streamed:
                 if output.is_finished():
                     self.finished[output.request_id] = output
         raise AssertionError(f"only {sorted(self.finished)} have finished")
+
+
+class Heard:
+    """The events of one answer, as they were told."""
+
+    def __init__(
+        self, serving: ServingGuard, chat: Any, tokens: int = 20, observer: Any = None, **options: Any
+    ) -> None:
+        self.events: list[StreamEvent] = []
+        self.error: GuardError | None = None
+        self.ended = threading.Event()
+        wanted = GenerationOptions(max_new_tokens=tokens, **options)
+        self.generation: Generation = serving.generate(serving.prompt_ids(chat), wanted, self._hear, observer)
+
+    def _hear(self, event: StreamEvent | GuardError) -> None:
+        assert not self.ended.is_set(), "something was told after the end"
+        if isinstance(event, GuardError):
+            self.error = event
+        else:
+            self.events.append(event)
+        if self.error is not None or self.events[-1].finish_reason is not None:
+            self.ended.set()
+
+    def wait(self) -> Heard:
+        assert self.ended.wait(JOIN), "the answer did not end"
+        assert self.error is None
+        return self
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events)
+
+    @property
+    def reason(self) -> str | None:
+        return self.events[-1].finish_reason

@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from guard.core import Guard
 from guard.errors import GuardError, UnsupportedGenerationError
-from guard.events import StreamEvent
 from guard.metrics import Metrics
-from guard.serving import Generation, GenerationOptions, ServingGuard
+from guard.serving import GenerationOptions
 from tests.factories import make_policy
 from tests.guard.conftest import VARIED, MakeBank
-from tests.guard.continuous.requests import JOIN, STEER
+from tests.guard.continuous.conftest import Serve
+from tests.guard.continuous.requests import CHATS, JOIN, STEER, Heard
 from tests.guard.generation import BLOCK, FLAG_ALL
 
-CHATS = [[{"role": "user", "content": text}] for text in ("Hello", "What is the capital of Peru?", "x", "A bird. " * 9)]
 FLAG_RESPONSES = [{**rule, "scope": ["response"], "threshold": {"probability": 0.5}} for rule in FLAG_ALL]
-
-Serve = Callable[..., ServingGuard]
-
-
-class Heard:
-    """The events of one answer, as they were told."""
-
-    def __init__(self, serving: ServingGuard, chat: Any, tokens: int = 20, **options: Any) -> None:
-        self.events: list[StreamEvent] = []
-        self.error: GuardError | None = None
-        self.ended = threading.Event()
-        wanted = GenerationOptions(max_new_tokens=tokens, **options)
-        self.generation: Generation = serving.generate(serving.prompt_ids(chat), wanted, self._hear)
-
-    def _hear(self, event: StreamEvent | GuardError) -> None:
-        assert not self.ended.is_set(), "something was told after the end"
-        if isinstance(event, GuardError):
-            self.error = event
-        else:
-            self.events.append(event)
-        if self.error is not None or self.events[-1].finish_reason is not None:
-            self.ended.set()
-
-    def wait(self) -> Heard:
-        assert self.ended.wait(JOIN), "the answer did not end"
-        assert self.error is None
-        return self
-
-    @property
-    def text(self) -> str:
-        return "".join(event.text for event in self.events)
-
-    @property
-    def reason(self) -> str | None:
-        return self.events[-1].finish_reason
-
-
-@pytest.fixture
-def serve(bank_of: MakeBank, chatty: Any, tiny_tokenizer: Any) -> Iterator[Serve]:
-    made: list[ServingGuard] = []
-
-    def make(*rules: Any, metrics: Metrics | None = None, max_concurrent: int = 4, **bank: Any) -> ServingGuard:
-        for serving in made:
-            serving.close()
-        guard = Guard(bank_of(**(bank or VARIED)), make_policy(*rules), metrics)
-        made.append(ServingGuard(guard, chatty, tiny_tokenizer, max_concurrent=max_concurrent, cache_tokens=2048))
-        return made[-1]
-
-    yield make
-    for serving in made:
-        serving.close()
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.8, "seed": 7}])

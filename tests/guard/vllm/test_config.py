@@ -23,6 +23,7 @@ from guard.engines.vllm.config import (
 from guard.errors import GuardError, PolicyError
 from guard.monitor import Monitor
 from guard.policy import Policy
+from guard.steering_request import steering_rule
 from tests.factories import make_policy
 from tests.guard.conftest import VARIED, MakeBank
 
@@ -179,14 +180,12 @@ def test_steering_needs_the_tenants_leave(config: Config) -> None:
     ],
 )
 def test_steering_is_understood(config: Config, item: str, kind: str, op: str, amount: float | None) -> None:
-    from guard.engines.vllm.config import _steering_rule
-
     options = config.options({"sailguard_tenant": "lab", "sailguard_steer": f" {item} , politics=1"})
     assert options == Options("lab", (item, "politics=1"))
     assert config.options({"sailguard_tenant": "lab", "sailguard_steer": [item, "politics=1"]}) == options
-    rule = _steering_rule(item)
+    rule = steering_rule(config.bank, item).rule
     assert getattr(rule, kind) == item.split("=")[0]
-    assert (rule.label, rule.action, rule.steer.op) == (item, "steer", op)
+    assert (rule.label, rule.action, rule.steer.op) == (f"request:{item}", "steer", op)
     if amount is not None:
         assert amount == (rule.steer.strength if op == "add" else rule.steer.value)
 
