@@ -18,6 +18,22 @@ Verdict = Literal["accept", "reject", "relabel", "note"]
 # What a terminal would obey, marks that reorder what is shown, and halves of characters.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# The same as JSON schema says it. White space may be there, for it is tidied; halves of characters cannot.
+_SHOWN = r"[^\u0000-\u0008\u000e-\u001b\u007f-\u0084\u0086-\u009f\u202a-\u202e\u2066-\u2069]*"
+_SEEN = r"[^\s\u0000-\u0020\u007f-\u00a0\u202a-\u202e\u2066-\u2069]"
+VISIBLE = f"^{_SHOWN}{_SEEN}{_SHOWN}$"
+"""JSON schema's pattern of a line in which something can be seen."""
+
+
+class _Pattern:
+    """What a text looks like, for its JSON schema alone: the validator beside it says better what is wrong."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {**handler(schema), "pattern": self._pattern}
+
 
 def _tidy(text: Any) -> Any:
     """One line, without space around it; control characters that are no white space are refused."""
@@ -48,8 +64,9 @@ def _check_moment(text: str) -> str:
 
 
 Moment = Annotated[str, AfterValidator(_check_moment)]
-Line = Annotated[str, BeforeValidator(_tidy)]
-ConceptId = Annotated[Line, Field(min_length=1, max_length=100)]
+Line = Annotated[str, BeforeValidator(_tidy), _Pattern(f"^{_SHOWN}$")]
+VisibleLine = Annotated[Line, _Pattern(VISIBLE)]
+ConceptId = Annotated[VisibleLine, Field(min_length=1, max_length=100)]
 
 
 class Overrides(Record):
@@ -57,7 +74,7 @@ class Overrides(Record):
 
     domains: Annotated[list[Domain], Field(max_length=8)] | None = None
     concepts: Annotated[list[ConceptId], Field(max_length=32)] | None = None
-    explanation: Annotated[Line, Field(min_length=1, max_length=2000)] | None = None
+    explanation: Annotated[VisibleLine, Field(min_length=1, max_length=2000)] | None = None
 
 
 class Draft(Record):
@@ -66,7 +83,7 @@ class Draft(Record):
     feature: str = Field(pattern=r"^L\d+/\d+$", max_length=40)
     verdict: Verdict
     overrides: Overrides | None = None
-    reviewer: Annotated[Line, Field(min_length=1, max_length=100)]
+    reviewer: Annotated[VisibleLine, Field(min_length=1, max_length=100)]
     reason: Annotated[Line, Field(max_length=2000)] = ""
 
     @model_validator(mode="after")

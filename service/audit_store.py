@@ -17,11 +17,14 @@ from typing import Any
 from feature_bank.errors import SailguardError
 
 __all__ = [
+    "COLUMNS",
     "SCHEMA_VERSION",
     "AuditError",
+    "Entry",
     "Row",
     "Selection",
     "audit_error",
+    "entry_of",
     "insert",
     "iso",
     "open_for_reading",
@@ -33,9 +36,11 @@ __all__ = [
 ]
 
 Row = tuple[str | float | int | None, ...]
-"""One entry, in the order of `_COLUMNS`."""
+"""One entry, in the order of `COLUMNS`."""
+Entry = dict[str, Any]
+"""One entry as it was read: its id and its columns by their names."""
 
-_COLUMNS = (
+COLUMNS = (
     "time",
     "unix",
     "request_id",
@@ -90,7 +95,7 @@ _APPLICATION_ID = 0x53474155
 _BUSY_SECONDS = 3.0
 _MAKING_SECONDS = 1.0
 _BATCH = 500
-_INSERT = f"INSERT INTO verdicts ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_INSERT = f"INSERT INTO verdicts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
 
 class AuditError(SailguardError):
@@ -104,12 +109,13 @@ def audit_error(path: Path, problem: str) -> AuditError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Which entries are meant: from `since` on and before `until` (unix time), of one action, of one domain."""
+    """Which entries are meant: from `since` on and before `until` (unix time), of one action, domain or request."""
 
     since: float | None = None
     until: float | None = None
     action: str | None = None
     domain: str | None = None
+    request_id: str | None = None
 
     def where(self) -> tuple[str, list[str | float]]:
         """The SQL condition with its values."""
@@ -118,6 +124,7 @@ class Selection:
             "unix < ?": self.until,
             "action = ?": self.action,
             "domain = ?": self.domain,
+            "request_id = ?": self.request_id,
         }
         given = {text: value for text, value in conditions.items() if value is not None}
         return " AND ".join(["1", *given]), list(given.values())
@@ -200,13 +207,13 @@ def prune(path: Path, before: float) -> int:
     return removed
 
 
-def read(connection: sqlite3.Connection, selection: Selection) -> Iterator[list[dict[str, Any]]]:
+def read(connection: sqlite3.Connection, selection: Selection) -> Iterator[list[Entry]]:
     """Yield the entries that were there at the call, oldest first, some at a time.
 
     Each batch is a transaction of its own: one that lasted would keep the write-ahead log from being emptied.
     """
     condition, values = selection.where()
-    query = f"SELECT id, {', '.join(_COLUMNS)} FROM verdicts WHERE id > ? AND id <= ? AND {condition} ORDER BY id"
+    query = f"SELECT id, {', '.join(COLUMNS)} FROM verdicts WHERE id > ? AND id <= ? AND {condition} ORDER BY id"
     last = int(connection.execute("SELECT coalesce(max(id), 0) FROM verdicts").fetchone()[0])
     seen = 0
     while True:
@@ -214,7 +221,7 @@ def read(connection: sqlite3.Connection, selection: Selection) -> Iterator[list[
         if not rows:
             return
         seen = rows[-1][0]
-        yield [_entry(row) for row in rows]
+        yield [entry_of(row) for row in rows]
 
 
 def statistics(connection: sqlite3.Connection) -> dict[str, Any]:
@@ -235,8 +242,9 @@ def statistics(connection: sqlite3.Connection) -> dict[str, Any]:
     }
 
 
-def _entry(row: tuple[Any, ...]) -> dict[str, Any]:
-    entry = dict(zip(("id", *_COLUMNS), row, strict=True))
+def entry_of(row: tuple[Any, ...]) -> Entry:
+    """A row of the id and `COLUMNS` as an entry."""
+    entry = dict(zip(("id", *COLUMNS), row, strict=True))
     entry["features"] = json.loads(entry["features"])
     return entry
 
@@ -309,7 +317,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     _use_wal(connection)
     connection.execute("PRAGMA journal_size_limit = 67108864")
-    connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM verdicts LIMIT 0")
+    connection.execute(f"SELECT {', '.join(COLUMNS)} FROM verdicts LIMIT 0")
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

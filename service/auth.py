@@ -13,13 +13,26 @@ from pathlib import Path
 
 from starlette.requests import Request
 
-from service.errors import SettingsError, admin_closed, forbidden
+from service.errors import SettingsError, admin_closed, admin_needed, forbidden
 from service.key_file import KeyFile, Principal, Role, StoredKey, plain_key, signature_of
 
-__all__ = ["ADMIN", "KeyRing", "Principal", "Role", "permits", "principal_of", "require_admin"]
+__all__ = [
+    "ADMIN",
+    "KEYLESS",
+    "KeyRing",
+    "Principal",
+    "Role",
+    "permits",
+    "principal_of",
+    "privileged",
+    "require_admin",
+    "require_privileged",
+]
 
 ADMIN = "/admin"
 """Whatever lies below is for administrators alone."""
+KEYLESS = "sailguard.keyless"
+"""Set in a request's scope by a server that has no keys at all."""
 
 _READING = frozenset({"GET", "HEAD"})
 _ALL = frozenset(Role)
@@ -27,8 +40,10 @@ _ROLES = {
     ADMIN: frozenset({Role.ADMIN}),
     # The stream shows the verdicts on everybody's requests.
     "/v1/events": frozenset({Role.ADMIN, Role.READER}),
+    "/v1/about": _ALL,
     "/v1/features": _ALL,
     "/v1/models": _ALL,
+    "/v1/stats": _ALL,
     "/metrics": _ALL,
 }
 _ELSEWHERE = frozenset({Role.ADMIN, Role.CLIENT})
@@ -59,6 +74,21 @@ def require_admin(request: Request) -> None:
         raise admin_closed()
     if principal.role is not Role.ADMIN:
         raise forbidden(principal.role)
+
+
+def privileged(request: Request) -> bool:
+    """Whether `request` may do what costs much or shows what is behind the policy: with an admin key, or on a server
+    without keys, which only this machine reaches. Without a word on its keys it may not."""
+    principal = principal_of(request)
+    if principal is None:
+        return request.scope.get(KEYLESS) is True
+    return principal.role is Role.ADMIN
+
+
+def require_privileged(request: Request) -> None:
+    """Dependency of routes for which the path check is not enough. Raises `ApiError` (403)."""
+    if not privileged(request):
+        raise admin_needed()
 
 
 class KeyRing:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.auth import ADMIN, lies_in, permits
+from service.auth import ADMIN, KEYLESS, lies_in, permits
 from service.errors import (
     ApiError,
     admin_closed,
@@ -20,6 +20,7 @@ from service.errors import (
 )
 from service.limits import Limiter, Limits
 from service.middleware import BodyLimit, RequestLog
+from service.page_files import page_paths
 from service.settings import is_loopback
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def install_middleware(app: FastAPI, settings: Settings, metrics: Metrics, logge
 
 
 def open_paths(settings: Settings) -> frozenset[str]:
-    """Paths that need no key and have no limit: the probes, and the metrics of a server on loopback."""
-    return _PROBES | ({"/metrics"} if is_loopback(settings.host) else set())
+    """Paths that need no key and have no limit: the probes, the page's files, which hold no data, and the metrics of a
+    server on loopback."""
+    return _PROBES | page_paths() | ({"/metrics"} if is_loopback(settings.host) else set())
 
 
 class HostCheck:
@@ -122,6 +124,7 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         refusal = None
+        scope[KEYLESS] = not self._keys
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
             refusal = self._refusal(scope)
         if refusal is None:

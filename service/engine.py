@@ -12,18 +12,38 @@ if TYPE_CHECKING:
     from feature_bank.bank import Bank
     from feature_bank.layout import Role
     from guard.errors import GuardError
-    from guard.events import SequenceReport, StreamEvent, TextScore, Trace
+    from guard.events import SequenceReport, StreamEvent, TextScore, Trace, TraceToken
     from guard.metrics import Metrics
     from guard.policy import Policy
     from guard.serving import GenerationOptions, ServingGuard
     from service.settings import Settings
 
-__all__ = ["AnsweringEngine", "EngineFactory", "EngineSlot", "Generation", "ServedEngine", "TransformersEngine"]
+__all__ = [
+    "AnsweringEngine",
+    "EngineFactory",
+    "EngineSlot",
+    "Generation",
+    "Observer",
+    "ServedEngine",
+    "TransformersEngine",
+]
 
 Message = Mapping[str, str]
 """One chat message: `role` (system, user or assistant) and `content`."""
 
 Heard = Callable[["StreamEvent | GuardError"], None]
+TOP_FEATURES = 5
+"""Of a token of a trace, unless more are asked for."""
+
+
+class Observer(Protocol):
+    """Who is told what the guard saw of the tokens of one chat, on the thread of its events."""
+
+    def prompt(self, tokens: Sequence[TraceToken]) -> None:
+        """All tokens of the prompt; those of the template are not observed."""
+
+    def token(self, token: TraceToken) -> None:
+        """One more token of the answer, just before the event that shows its text."""
 
 
 class Generation(Protocol):
@@ -75,8 +95,8 @@ class ServedEngine(Protocol):
     def score(self, texts: Sequence[str], roles: Sequence[Role]) -> Sequence[TextScore]:
         """Judge `texts`, each in its role; one result each, in order."""
 
-    def trace(self, text: str, role: Role) -> Trace:
-        """Judge one text and keep what every token showed."""
+    def trace(self, text: str, role: Role, *, top: int | None = TOP_FEATURES) -> Trace:
+        """Judge one text and keep what every token showed: its `top` strongest features, or all that are active."""
 
     def reloaded(self, bank: Path | None, policy: Path | None) -> ServedEngine:
         """The same model under another bank, another policy or both; None keeps what there is.
@@ -102,8 +122,13 @@ class AnsweringEngine(ServedEngine, Protocol):
     def text_ids(self, text: str) -> list[int]:
         """The ids of a text that is to be continued."""
 
-    def generate(self, ids: Sequence[int], options: GenerationOptions, heard: Heard) -> Generation:
-        """Begin one answer; `heard` is told of its events on another thread."""
+    def check_steering(self, items: Sequence[str]) -> None:
+        """Raise `ApiError` (400) for items of `GenerationOptions.steer` that this engine cannot steer by."""
+
+    def generate(
+        self, ids: Sequence[int], options: GenerationOptions, heard: Heard, observer: Observer | None = None
+    ) -> Generation:
+        """Begin one answer; `heard` is told of its events on another thread, `observer` of the tokens they show."""
 
     def cancel(self, generation: Generation) -> None:
         """End an answer; its place is free at once."""
@@ -205,9 +230,9 @@ class TransformersEngine:
         """Judge `texts`, each in its role."""
         return self._serving.score(texts, roles)
 
-    def trace(self, text: str, role: Role) -> Trace:
-        """Judge one text and keep what every token showed."""
-        return self._serving.trace(text, role)
+    def trace(self, text: str, role: Role, *, top: int | None = TOP_FEATURES) -> Trace:
+        """Judge one text and keep what every token showed: its `top` strongest features, or all that are active."""
+        return self._serving.trace(text, role, top=top)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a chat under the model's template."""
@@ -222,9 +247,20 @@ class TransformersEngine:
         """The ids of a text that is to be continued."""
         return self._serving.text_ids(text)
 
-    def generate(self, ids: Sequence[int], options: GenerationOptions, heard: Heard) -> Generation:
+    def check_steering(self, items: Sequence[str]) -> None:
+        """Raise `ApiError` (400) for what the bank does not hold, or cannot be steered by."""
+        from guard.errors import PolicyError
+
+        try:
+            self._serving.check_steering(items)
+        except PolicyError as error:
+            raise ApiError(400, f"{error}.", param="steer", code="invalid_value") from error
+
+    def generate(
+        self, ids: Sequence[int], options: GenerationOptions, heard: Heard, observer: Observer | None = None
+    ) -> Generation:
         """Begin one answer."""
-        return self._serving.generate(ids, options, heard)
+        return self._serving.generate(ids, options, heard, observer)
 
     def cancel(self, generation: Generation) -> None:
         """End an answer."""

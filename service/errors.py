@@ -10,6 +10,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Match, Route
 
 from feature_bank.errors import SailguardError
 
@@ -19,6 +20,7 @@ __all__ = [
     "ClientGoneError",
     "SettingsError",
     "admin_closed",
+    "admin_needed",
     "audit_failed",
     "body_too_slow",
     "context_length_exceeded",
@@ -110,6 +112,12 @@ def admin_closed() -> ApiError:
     """403 for `/admin` of a server that has no key for it."""
     message = "The server has no admin key, so /admin is closed: set SAILGUARD_ADMIN_KEYS, or make a key of that role."
     return ApiError(403, message, code="admin_closed")
+
+
+def admin_needed() -> ApiError:
+    """403 for what a server with keys does for administrators alone, though it does not lie below `/admin`."""
+    message = "This needs an admin key: send one, or start the server on loopback without any keys."
+    return ApiError(403, message, code="insufficient_permissions")
 
 
 def host_not_allowed() -> ApiError:
@@ -214,9 +222,22 @@ async def _on_http_error(request: Request, error: Exception) -> AsciiJSONRespons
         message, code = "Unknown request URL: see docs/server.md for the endpoints.", "unknown_url"
     elif error.status_code == 405:
         message, code = f"Not allowed to {request.method} on this URL.", "method_not_supported"
+        return error_response(ApiError(405, message, code=code, headers={"Allow": _allowed(request)}))
     else:
         message, code = str(error.detail), "invalid_request"
     return error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes of the path; each route by itself knows its own alone."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = {
+        method
+        for route in routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
+    return ", ".join(sorted(found))
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> AsciiJSONResponse:

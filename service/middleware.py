@@ -31,6 +31,10 @@ _ENDPOINTS = {
     "/v1/moderations": "moderations",
     "/v1/traces": "traces",
     "/v1/events": "events",
+    "/v1/about": "about",
+    "/v1/stats": "stats",
+    "/v1/compare": "compare",
+    "/v1/playground": "playground",
 }
 _BRANCHES = {"/v1/features": "features", "/v1/models": "models", "/admin": "admin"}
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}

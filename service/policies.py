@@ -14,11 +14,12 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 
@@ -31,13 +32,14 @@ from guard.errors import PolicyError
 from guard.policy import Policy
 from guard.policy_file import read_policy_text, shipped_policies
 
-__all__ = ["MAX_POLICY", "PolicyEvent", "PolicyStore", "check_sent", "drafted", "policy_files"]
+__all__ = ["MAX_POLICY", "Draft", "PolicyEvent", "PolicyStore", "check_sent", "drafted", "policy_files", "sent"]
 
 MAX_POLICY = 64 * 1024
 """Most characters of a policy that the server is sent."""
 HISTORY = "history.jsonl"
 _LOCK = ".lock"
 _DEPTH = 8  # files of which each extends the next
+T = TypeVar("T")
 
 
 class PolicyEvent(Record):
@@ -161,6 +163,34 @@ class PolicyStore:
             yield
         finally:
             os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A policy's text in a file of its own, under the name that messages give it."""
+
+    file: Path
+    name: str
+
+    def use(self, build: Callable[[Path], T]) -> T:
+        """What `build` makes of the file. Its PolicyError does not name a file that is gone when it is read."""
+        try:
+            return build(self.file)
+        except PolicyError as error:
+            raise PolicyError(str(error).replace(str(self.file), self.name)) from None
+
+
+@contextmanager
+def sent(text: bytes, file: Path | None) -> Iterator[Draft]:
+    """A draft of a policy that was sent, for as long as the context is open. Blocks for as long as the disk does.
+
+    file: the server's own policy, beside which the draft stands if it can. Raises PolicyError as `check_sent` does.
+    """
+    own = file if file is not None and file.is_file() else None
+    with drafted(text, own) as place:
+        draft = Draft(file=place, name="policy.yaml" if own is None else own.name)
+        draft.use(check_sent)
+        yield draft
 
 
 @contextmanager

@@ -156,8 +156,8 @@ class Reloader:
 
         return await self._to_its_end(self._exchange(what, made, commit, reason))
 
-    async def try_out(self, build: Build) -> tuple[str, str]:
-        """The versions of bank and policy of the engine that `build` makes, which is not taken into use.
+    async def try_out(self, build: Build) -> ServedEngine:
+        """The engine that `build` makes, which is not taken into use; it goes with its last reader.
 
         Raises what `build` raises, and ReloadError while there is no guard.
         """
@@ -191,14 +191,13 @@ class Reloader:
             self._publish()
             return self._conclude(what, reason, old, new, problem)
 
-    async def _try_out(self, build: Build) -> tuple[str, str]:
+    async def _try_out(self, build: Build) -> ServedEngine:
         async with self._lock:
             engine = self._current()
             try:
-                new = await self._runner.call(lambda: build(engine))
+                return await self._runner.call(lambda: build(engine))
             finally:
                 self._publish()
-            return new.bank_version, new.policy_version
 
     def _current(self) -> ServedEngine:
         if self._closed or self._slot.engine is None:

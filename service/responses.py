@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
-from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
+from service.answer_stream import AnswerStream
 from service.answers import Answer, Choice, Ended, Piece
 from service.attending import Deadline, attended
 from service.engine import AnsweringEngine
@@ -23,10 +22,6 @@ from service.wire import Wire
 
 __all__ = ["respond"]
 
-_SEND_SECONDS = 60
-"""How long a client may leave what was sent unread before its connection is cut."""
-_DRAIN_SECONDS = 25
-"""How long an answer may go on once the server is to end; less than the server itself waits."""
 _SMALLEST_TOP_P = 1e-6
 
 
@@ -67,7 +62,7 @@ async def respond(
     finally:
         if not body.stream:
             await stack.aclose()
-    return _Streamed(shown, record, deadline, stack)
+    return AnswerStream(shown.chunks(record, deadline), record, stack, answer)
 
 
 def _choices(
@@ -164,26 +159,6 @@ class _Shown:
 
     def _block(self, reports: Any) -> dict[str, Any]:
         return guard_block(reports, self.answer.engine.bank_version, self.answer.engine.policy_version)
-
-
-class _Streamed(EventSourceResponse):
-    """Server-sent events of one answer; however the response ends, the answer and its place end with it."""
-
-    def __init__(self, shown: _Shown, record: Record, deadline: Deadline, stack: AsyncExitStack) -> None:
-        chunks = shown.chunks(record, deadline)
-        super().__init__(chunks, sep="\n", send_timeout=_SEND_SECONDS, shutdown_grace_period=_DRAIN_SECONDS)
-        self._shown = shown
-        self._record = record
-        self._stack = stack
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._stack.aclose()
-            answer = self._shown.answer
-            if len(answer.reports) < len(answer.choices) and self._record.error is None:
-                self._record.client_gone = True
 
 
 def _data(data: dict[str, Any]) -> dict[str, str]:

@@ -20,6 +20,8 @@ __all__ = [
     "ChatCompletionChunk",
     "Completion",
     "CompletionChunk",
+    "FeatureHit",
+    "FiredRule",
     "HealthResponse",
     "ModelEntry",
     "ModelList",
@@ -47,7 +49,7 @@ class FeatureHit(_Shape):
     """What it added to the domain's logit."""
 
 
-class Verdict(_Shape):
+class FiredRule(_Shape):
     """A rule of the policy fired."""
 
     request_id: str
@@ -61,6 +63,11 @@ class Verdict(_Shape):
     features: list[FeatureHit]
     bank_version: str
     policy_version: str
+
+
+class Verdict(FiredRule):
+    """A rule of the policy fired on one of the answers."""
+
     choice: int
 
 

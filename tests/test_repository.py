@@ -107,6 +107,7 @@ def test_dependencies_are_ranges_that_install_beside_vllm(project: dict[str, Any
         "scripts/test",
         "scripts/test-vllm",
         "scripts/lint",
+        "scripts/screenshots",
         ".ci/run",
     ],
 )

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.routes import admin, events, features, health, metrics, models, moderations, traces
+from service.routes import (
+    about,
+    admin,
+    audit,
+    compare,
+    events,
+    features,
+    health,
+    metrics,
+    models,
+    moderations,
+    page,
+    playground,
+    reviews,
+    stats,
+    traces,
+)
 
 __all__ = ["routers"]
 
@@ -14,7 +30,20 @@ def routers(*, generates: bool, proxy: bool) -> list[APIRouter]:
 
     generates: of a server whose engine answers chats; proxy: of one that another server answers for.
     """
-    found = [moderations.router, traces.router, features.router, events.router, admin.router]
+    found = [
+        moderations.router,
+        traces.router,
+        features.router,
+        events.router,
+        playground.router,
+        compare.router,
+        about.router,
+        stats.router,
+        admin.router,
+        reviews.router,
+        audit.router,
+        page.make_router(),
+    ]
     if proxy:
         from service.routes import proxy as proxied
 

@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from feature_bank.bank import CURRENT, shipped_bank_path
+from feature_bank.bank import shipped_bank_path
 from feature_bank.errors import SailguardError
-from feature_bank.versions import VERSIONS, VersionStore
-from guard.errors import PolicyError
+from feature_bank.versions import VERSIONS
 from guard.policy import Policy
 from guard.policy_file import shipped_policies
 from service.auth import require_admin
+from service.bank_versions import store_at
 from service.errors import ApiError, AsciiJSONResponse
 from service.middleware import JsonRoute, Record
-from service.policies import PolicyEvent, PolicyStore, check_sent, drafted
+from service.policies import Draft, PolicyEvent, PolicyStore, drafted, sent
 from service.schemas_admin import (
     BankPlace,
     BankStatus,
-    BankVersion,
     PolicyCheck,
     PolicyRequest,
     PolicyStatus,
@@ -52,20 +51,6 @@ router = APIRouter(
 _SHOWN_EVENTS = 100
 
 
-class Versions(VersionStore):
-    """The versions of a bank, as far as they are shown and chosen here."""
-
-    def listed(self) -> list[BankVersion]:
-        """Every version, the one that came last to the end; none of them is read."""
-        current, since = self.current, {event.version: event.time for event in self.history()}
-        names = sorted(self._names(), key=lambda name: (since.get(name, ""), name))
-        return [BankVersion(version=name, current=name == current, since=since.get(name)) for name in names]
-
-    def chosen(self, to: str | None) -> str:
-        """The version that `to` means, or the one before the current one. Raises BankError if there is none."""
-        return self._before(self.current) if to is None else self._named(to)
-
-
 # ---- bank ------------------------------------------------------------------------------------------------------
 
 
@@ -75,7 +60,7 @@ async def get_bank(request: Request) -> Response:
     services = Services.of(request)
     bank = services.engine().bank
     place = services.reloader.files.bank
-    store = _store_at(place)
+    store = store_at(place)
     versions, history = None, []
     if store is not None:
         versions, history = await _answered(lambda: (store.listed(), store.history()))
@@ -123,7 +108,7 @@ async def roll_bank_back(request: Request, body: RollbackRequest | None = None) 
 async def _switch_bank(request: Request, to: str | None, action: str) -> Response:
     services = Services.of(request)
     services.engine()
-    store = _store_at(services.reloader.files.bank)
+    store = store_at(services.reloader.files.bank)
     if store is None:
         raise _conflict(
             "The server's bank is no folder of versions: put it into one with `sailguard bank promote --store DIR` and "
@@ -171,8 +156,9 @@ async def validate_policy(body: PolicyRequest, request: Request) -> Response:
     problem, version = None, None
     with ExitStack() as stack:
         try:
-            build = await asyncio.to_thread(_sent, stack, body.yaml.encode(), services.reloader.files.policy)
-            version = (await services.reloader.try_out(build))[1]
+            opened = sent(body.yaml.encode(), services.reloader.files.policy)
+            draft = await asyncio.to_thread(stack.enter_context, opened)
+            version = (await services.reloader.try_out(_with_policy(draft))).policy_version
         except (SailguardError, OSError, ValueError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"
     check = PolicyCheck(valid=problem is None, policy=version, bank=engine.bank_version, problem=problem)
@@ -187,8 +173,8 @@ async def promote_policy(body: PolicyRequest, request: Request) -> Response:
     store = await _policy_store(services)
     text = body.yaml.encode()
     with ExitStack() as stack:
-        build = await _answered(lambda: _sent(stack, text, store.file))
-        return await _put_policy(request, store, "promote", text, build)
+        draft = await _answered(lambda: stack.enter_context(sent(text, store.file)))
+        return await _put_policy(request, store, "promote", text, _with_policy(draft))
 
 
 @router.post("/policy/rollback", summary="Put an earlier policy back", response_model=ReloadReport)
@@ -200,8 +186,9 @@ async def roll_policy_back(request: Request, body: RollbackRequest | None = None
     to = None if body is None else body.to
     _, text = await _answered(lambda: store.find(to), missing=to is not None)
     with ExitStack() as stack:
-        draft = await _answered(lambda: stack.enter_context(drafted(text, store.file)))
-        return await _put_policy(request, store, "rollback", text, _with_policy(draft, store.file.name))
+        place = await _answered(lambda: stack.enter_context(drafted(text, store.file)))
+        draft = Draft(file=place, name=store.file.name)
+        return await _put_policy(request, store, "rollback", text, _with_policy(draft))
 
 
 @router.post("/policy/reload", summary="Take the policy file into use as it is now", response_model=ReloadReport)
@@ -237,26 +224,9 @@ async def _put_policy(
     return _report(result)
 
 
-def _sent(stack: ExitStack, text: bytes, file: Path | None) -> Callable[[ServedEngine], ServedEngine]:
-    """What makes an engine with a policy that was sent. Raises PolicyError if it holds what it may not."""
-    own = file if file is not None and file.is_file() else None
-    name = "policy.yaml" if own is None else own.name
-    draft = stack.enter_context(drafted(text, own))
-    try:
-        check_sent(draft)
-    except PolicyError as error:
-        raise PolicyError(str(error).replace(str(draft), name)) from None
-    return _with_policy(draft, name)
-
-
-def _with_policy(draft: Path, name: str) -> Callable[[ServedEngine], ServedEngine]:
-    def build(engine: ServedEngine) -> ServedEngine:
-        try:
-            return engine.reloaded(None, draft)
-        except PolicyError as error:
-            raise PolicyError(str(error).replace(str(draft), name)) from None
-
-    return build
+def _with_policy(draft: Draft) -> Callable[[ServedEngine], ServedEngine]:
+    """What makes an engine with that policy."""
+    return lambda engine: draft.use(lambda file: engine.reloaded(None, file))
 
 
 async def _policy_store(services: Services) -> PolicyStore:
@@ -291,12 +261,6 @@ async def _answered(work: Callable[[], Any], *, missing: bool = False) -> Any:
         if missing:
             raise ApiError(404, f"{error}.", param="to", code="version_not_found") from error
         raise _conflict(f"{type(error).__name__}: {error}", "refused") from error
-
-
-def _store_at(place: Path) -> Versions | None:
-    """The store that a bank's path means: the folder of versions itself, or the link in it."""
-    folder = place.parent if place.name == CURRENT else place
-    return Versions(folder) if (folder / CURRENT).is_symlink() and (folder / VERSIONS).is_dir() else None
 
 
 def _report(result: ReloadResult) -> Response:

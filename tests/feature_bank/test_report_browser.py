@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from feature_bank.bank import Bank
 from feature_bank.report import write_report
 from feature_bank.taxonomy import load_taxonomy
-from tests.browser import Page, open_browser
+from tests.browser import Tab, open_browser, open_tab
 from tests.feature_bank.rich_bank import HOSTILE, write_rich_bank
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
 
@@ -33,107 +37,110 @@ def url(bank: Bank, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def tab() -> Iterator[Page]:
-    with open_browser() as page:
-        yield page
+def browser() -> Iterator[Browser]:
+    with open_browser() as browser:
+        yield browser
 
 
-def choose(tab: Page, **values: str) -> list[str]:
+@pytest.fixture
+def tab(browser: Browser) -> Iterator[Tab]:
+    with open_tab(browser) as tab:
+        yield tab
+
+
+def choose(tab: Tab, **values: str) -> list[str]:
     """Set fields as a person does, wait for the page to follow, and return the ids of the cards that are shown."""
     for name, value in values.items():
-        tab.run(
-            f"(() => {{ const field = document.getElementById('filters').elements[{name!r}];"
-            f" field.value = {value!r}; field.dispatchEvent(new Event('input', {{bubbles: true}})); }})()"
-        )
-    tab.run("new Promise((done) => setTimeout(done, 300))")
-    shown: list[str] = tab.run(SHOWN)
-    return shown
+        field = tab.page.locator(f"#filters [name={name}]")
+        if field.evaluate("(field) => field.tagName") == "SELECT":
+            field.select_option(value)
+        else:
+            field.fill(value)
+    tab.page.wait_for_timeout(300)
+    return shown(tab)
 
 
-def test_nothing_hostile_runs_and_nothing_is_fetched(tab: Page, url: str, bank: Bank) -> None:
-    tab.open(url)
-    assert tab.run("document.title") == f"{bank.version}: feature bank"
-    assert tab.run("document.scripts.length") == 1
-    assert tab.run("getComputedStyle(document.body).display") == "block"
+def shown(tab: Tab) -> list[str]:
+    found: list[str] = tab.page.evaluate(SHOWN)
+    return found
+
+
+def test_nothing_hostile_runs_and_nothing_is_fetched(tab: Tab, url: str, bank: Bank) -> None:
+    tab.goto(url)
+    page = tab.page
+    assert page.title() == f"{bank.version}: feature bank"
+    assert page.evaluate("document.scripts.length") == 1
+    assert page.evaluate("getComputedStyle(document.body).display") == "block"
     assert tab.complaints == []
     # Even what did get in would not run; some browsers complain when it gets in, some when it is clicked
-    tab.run("document.body.insertAdjacentHTML('beforeend', '<p id=in onclick=\"document.title=1\">x</p>')")
-    tab.run("document.getElementById('in').click()")
-    assert tab.run("document.title") == f"{bank.version}: feature bank"
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p id=in onclick=\"document.title=1\">x</p>')")
+    page.evaluate("document.getElementById('in').click()")
+    assert page.title() == f"{bank.version}: feature bank"
+    page.wait_for_timeout(100)  # what it says comes a moment later
     assert any("ContentSecurityPolicy" in complaint or "Content Security" in complaint for complaint in tab.complaints)
-    tab.complaints.clear()
     assert {request for request in tab.requests if request.startswith(("http", "ws", "ftp"))} == set()
     assert {request for request in tab.requests if request.startswith("file")} == {url}
 
 
-def test_filters_show_what_they_name(tab: Page, url: str, bank: Bank) -> None:
-    tab.open(url)
+def test_filters_show_what_they_name(tab: Tab, url: str, bank: Bank) -> None:
+    tab.goto(url)
     every = [feature.id for feature in bank.features]
-    assert tab.run(SHOWN) == every
+    assert shown(tab) == every
     violent = [f.id for f in bank.features if "violence" in f.domains]
     assert choose(tab, domain="violence") == violent
     upper = [f.id for f in bank.features if "violence" in f.domains and f.layer == 22]
     assert choose(tab, layer="22") == upper
-    assert tab.run("location.hash") == "#domain=violence&layer=22"
-    assert tab.run("document.getElementById('count').textContent") == f"{len(upper)} of {len(every)}"
+    assert tab.page.evaluate("location.hash") == "#domain=violence&layer=22"
+    assert tab.page.evaluate("document.getElementById('count').textContent") == f"{len(upper)} of {len(every)}"
     assert choose(tab, domain="", layer="", status="refused") == [f.id for f in bank.features if not f.admitted]
     assert choose(tab, status="", kind="lexical") == [f.id for f in bank.features if f.kind == "lexical"]
     assert choose(tab, kind="", q=bank.features[4].id) == [bank.features[4].id]
     assert choose(tab, q="no such words anywhere") == []
-    assert tab.run("document.getElementById('nothing').hidden") is False
-    tab.run("document.querySelector('#filters button').click()")
+    assert tab.page.evaluate("document.getElementById('nothing').hidden") is False
+    tab.page.locator("#filters button").click()
     assert choose(tab) == every
     by_auroc = sorted(bank.features, key=lambda f: -max(round(f.scores[f"auroc_{d}"], 4) for d in f.domains))
     assert choose(tab, sort="auroc") == [f.id for f in by_auroc]
     assert tab.complaints == []
 
 
-def test_an_address_brings_back_a_view_and_a_link_is_never_filtered_away(tab: Page, url: str, bank: Bank) -> None:
-    tab.open(f"{url}#domain=terror&kind=conceptual&sort=nonsense")
-    assert tab.run(SHOWN) == [f.id for f in bank.features if "terror" in f.domains and f.kind == "conceptual"]
+def test_an_address_brings_back_a_view_and_a_link_is_never_filtered_away(tab: Tab, url: str, bank: Bank) -> None:
+    tab.goto(f"{url}#domain=terror&kind=conceptual&sort=nonsense")
+    assert shown(tab) == [f.id for f in bank.features if "terror" in f.domains and f.kind == "conceptual"]
     hidden = next(f.id for f in bank.features if "terror" not in f.domains)
-    tab.run(f"location.hash = '#{hidden}'")
-    shown = choose(tab)
-    assert hidden in shown
-    top = tab.run(f"document.getElementById('{hidden}').getBoundingClientRect().top")
-    assert -5 <= top < tab.run("innerHeight")
+    tab.page.evaluate("(id) => { location.hash = `#${id}`; }", hidden)
+    assert hidden in choose(tab)
+    top = tab.page.evaluate("(id) => document.getElementById(id).getBoundingClientRect().top", hidden)
+    assert -5 <= top < tab.page.evaluate("innerHeight")
     assert tab.complaints == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 1000, 400])
-def test_it_fits_the_window_and_can_be_read(scheme: str, width: int, tab: Page, url: str, tmp_path: Path) -> None:
-    tab.resize(width, 900)
-    tab.prefer(scheme)
-    tab.open(url)
-    tab.run("document.getElementById('features').scrollIntoView()")
-    assert tab.run("document.documentElement.scrollWidth") <= width
-    halves = "[...document.querySelectorAll('.halves > div')].slice(0, 8)"
-    assert (
-        tab.run(f"{halves}.filter((half) => half.scrollWidth > half.clientWidth).map((half) => half.innerText)") == []
-    )
-    lightness = "((m) => m[0] * .3 + m[1] * .6 + m[2] * .1)(getComputedStyle(%s).%s.match(/\\d+/g).map(Number))"
-    back = tab.run(lightness % ("document.body", "backgroundColor"))
-    ink = tab.run(lightness % ("document.body", "color"))
-    assert (back > 200 > 60 > ink) if scheme == "light" else (back < 60 < 200 < ink)
-    tab.screenshot(tmp_path / "page.png")
-    assert (tmp_path / "page.png").stat().st_size > 20_000
-    assert tab.complaints == []
+def test_it_fits_the_window_and_can_be_read(
+    scheme: Any, width: int, browser: Browser, url: str, tmp_path: Path
+) -> None:
+    with open_tab(browser, viewport={"width": width, "height": 900}, color_scheme=scheme) as tab:
+        tab.goto(url)
+        run = tab.page.evaluate
+        run("document.getElementById('features').scrollIntoView()")
+        assert run("document.documentElement.scrollWidth") <= width
+        halves = "[...document.querySelectorAll('.halves > div')].slice(0, 8)"
+        assert (
+            run(f"{halves}.filter((half) => half.scrollWidth > half.clientWidth).map((half) => half.innerText)") == []
+        )
+        lightness = "((m) => m[0] * .3 + m[1] * .6 + m[2] * .1)(getComputedStyle(%s).%s.match(/\\d+/g).map(Number))"
+        back = run(lightness % ("document.body", "backgroundColor"))
+        ink = run(lightness % ("document.body", "color"))
+        assert (back > 200 > 60 > ink) if scheme == "light" else (back < 60 < 200 < ink)
+        tab.page.screenshot(path=tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 20_000
+        assert tab.complaints == []
 
 
-def test_all_is_there_without_scripts(tab: Page, url: str, bank: Bank) -> None:
-    tab.call("Emulation.setScriptExecutionDisabled", value=True)
-    try:
-        tab.open(url)
-        nodes = tab.call("DOM.getDocument", depth=-1)["root"]
-    finally:
-        tab.call("Emulation.setScriptExecutionDisabled", value=False)
-    found = []
-    stack = [nodes]
-    while stack:
-        node = stack.pop()
-        stack += node.get("children", [])
-        attributes = node.get("attributes", [])
-        if "hidden" in attributes[::2]:
-            found.append(dict(zip(attributes[::2], attributes[1::2], strict=True)).get("id"))
+def test_all_is_there_without_scripts(browser: Browser, url: str, bank: Bank) -> None:
+    with open_tab(browser, java_script_enabled=False) as tab:
+        tab.goto(url)
+        found = [node.get_attribute("id") for node in tab.page.locator("[hidden]").all()]
+        assert tab.page.locator("article").count() == len(bank.features)
     assert sorted(filter(None, found)) == ["filters", "nothing"]  # which are of no use then

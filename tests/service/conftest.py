@@ -7,10 +7,12 @@ import functools
 import hashlib
 import io
 import json
+import re
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +155,14 @@ class FakeGeneration:
     def __init__(self) -> None:
         self.report: SequenceReport | None = None
         self.cancelled = threading.Event()
+        self.prompted = False
 
 
 class FakeEngine:
     """Answers with the words of the last message, one a step; a few words steer it.
 
-    `BLOCK` ends the answer as a guard does, `CRASH` fails, `WAIT` lets the step wait for `go`.
+    `BLOCK` ends the answer as a guard does, `CRASH` fails, `WAIT` lets the step wait for `go`. What steers an answer is
+    said before it.
     It fails the test when two threads judge at once.
     """
 
@@ -183,6 +187,7 @@ class FakeEngine:
         self.closed = False
         self._busy = threading.Lock()
         self._words: dict[tuple[int, ...], list[str]] = {}
+        self._spelled: dict[int, str] = {}
 
     def close(self) -> None:
         self.closed = True
@@ -230,12 +235,15 @@ class FakeEngine:
     def _ids(self, words: list[str], last: Mapping[str, str]) -> list[int]:
         ids = [zlib.crc32(word.encode()) for word in words]
         self._words[tuple(ids)] = last["content"].split()
+        self._spelled.update(zip(ids, words, strict=True))
         return ids
 
-    def generate(self, ids: Sequence[int], options: Any, heard: Callable[[Any], None]) -> FakeGeneration:
+    def generate(
+        self, ids: Sequence[int], options: Any, heard: Callable[[Any], None], observer: Any = None
+    ) -> FakeGeneration:
         self.calls.append({name: getattr(options, name) for name in options.__dataclass_fields__})
         generation = FakeGeneration()
-        words = self._words[tuple(ids)][: options.max_new_tokens]
+        words = [*options.steer, *self._words[tuple(ids)]][: options.max_new_tokens]
 
         def speak() -> None:
             self.started.release()
@@ -243,6 +251,8 @@ class FakeEngine:
                 for event in self._events(words, options.max_new_tokens, generation):
                     if generation.cancelled.is_set():
                         return
+                    if observer is not None:
+                        self._observe(observer, ids, event, generation)
                     heard(event)
             except RuntimeError as error:
                 heard(GuardError(str(error)))
@@ -252,23 +262,58 @@ class FakeEngine:
         threading.Thread(target=speak, name="fake-generation", daemon=True).start()
         return generation
 
+    def _observe(self, observer: Any, ids: Sequence[int], event: StreamEvent, generation: FakeGeneration) -> None:
+        """Tell of the prompt with the first event, and of every token with its text."""
+        if not generation.prompted:
+            generation.prompted = True
+            observer.prompt(self._prompt_tokens(ids))
+        if event.token_id is not None and event.text:
+            observer.token(self._token(event.token_id, event.text, 0.02, 0))
+
     def cancel(self, generation: FakeGeneration) -> None:
         generation.cancelled.set()
 
-    def trace(self, text: str, role: str) -> Trace:
+    def check_steering(self, items: Sequence[str]) -> None:
+        for item in items:
+            if "=" not in item or item.startswith("nothing"):
+                raise ApiError(400, f"{item!r} is no steering.", param="steer", code="invalid_value")
+
+    def trace(self, text: str, role: str, *, top: int | None = 5) -> Trace:
         with self._alone():
-            tokens = tuple(
-                TraceToken(
-                    index=index,
-                    token_id=index,
-                    text=word,
-                    observed=True,
-                    scores=dict.fromkeys(DOMAINS, 0.01),
-                    features=(self.verdict().features[0],),
-                )
-                for index, word in enumerate(text.split())
+            words = text.split() if top is not None else re.findall(r"\s*\S+|\s+$", text)
+            tokens = [self._token(index, word, 0.01) for index, word in enumerate(words)]
+            if top is not None:
+                tokens = [replace(token, features=self.verdict().features[:top]) for token in tokens]
+            return Trace(tokens=tuple(tokens), score=self._score(text))
+
+    def _token(self, index: int, text: str, score: float, segment: int | None = None) -> TraceToken:
+        """A token on which a few features of the bank are active, always the same for the same text."""
+        first = zlib.crc32(text.encode()) % len(self.bank.features)
+        features = tuple(
+            FeatureHit(
+                id=record.id,
+                layer=record.layer,
+                explanation=record.explanation,
+                activation=1.5 - 0.25 * rank,
+                contribution=0.5 - 0.125 * rank,
             )
-            return Trace(tokens=tokens, score=self._score(text))
+            for rank, record in enumerate(self.bank.features[first : first + 4])
+        )
+        return TraceToken(
+            index=index,
+            token_id=index,
+            text=text,
+            observed=True,
+            scores=dict.fromkeys(DOMAINS, score),
+            features=features,
+            segment=segment,
+        )
+
+    def _prompt_tokens(self, ids: Sequence[int]) -> tuple[TraceToken, ...]:
+        """The words of a prompt, after a token of the template."""
+        opening = TraceToken(index=0, token_id=0, text="<user>", observed=False, scores={}, features=())
+        words = [self._token(i, f" {self._spelled[token]}", 0.01, 1) for i, token in enumerate(ids, 1)]
+        return (opening, *words)
 
     def _events(self, words: list[str], limit: int, generation: FakeGeneration) -> Iterator[StreamEvent]:
         verdicts: tuple[Verdict, ...] = ()

@@ -87,10 +87,15 @@ class FileEngine:
     def score(self, texts: Sequence[str], roles: Sequence[str]) -> list[TextScore]:
         return [self._score(text) for text in texts]
 
-    def trace(self, text: str, role: str) -> Trace:
+    def trace(self, text: str, role: str, *, top: int | None = 5) -> Trace:
         tokens = tuple(
             TraceToken(
-                index=i, token_id=i, text=word, observed=True, scores={"violence": 0.99}, features=(self._hit(),)
+                index=i,
+                token_id=i,
+                text=word,
+                observed=True,
+                scores={domain: 0.99 if domain == "violence" else 0.01 for domain in self.bank.heads},
+                features=(self._hit(),),
             )
             for i, word in enumerate(text.split())
         )

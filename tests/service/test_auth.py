@@ -13,7 +13,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from service.auth import KeyRing, Principal, Role, permits, principal_of, require_admin
+from service.auth import (
+    KEYLESS,
+    KeyRing,
+    Principal,
+    Role,
+    permits,
+    principal_of,
+    privileged,
+    require_admin,
+    require_privileged,
+)
 from service.errors import ApiError, SettingsError
 from service.key_file import KeyFile, hashed_line
 from tests.service.edges import bearer, make_edge, write_keys
@@ -242,6 +252,17 @@ TABLE = [
     ("GET", "/v1/events", {"reader", "admin"}),
     ("GET", "/v1/events/", {"reader", "admin"}),
     ("POST", "/v1/events", {"admin"}),
+    ("GET", "/v1/about", ALL),
+    ("GET", "/v1/stats", ALL),
+    ("POST", "/v1/stats", USERS),
+    ("GET", "/v1/compare", USERS),
+    ("POST", "/v1/compare", USERS),
+    ("POST", "/v1/playground", USERS),
+    ("POST", "/admin/reviews", {"admin"}),
+    ("GET", "/admin/audit", {"admin"}),
+    ("GET", "/ui", USERS),
+    ("GET", "/ui/no-such-file.js", USERS),
+    ("GET", "/index.html", USERS),
     ("GET", "/metrics", ALL),
     ("GET", "/openapi.json", USERS),
     ("GET", "/docs", USERS),
@@ -305,6 +326,27 @@ def test_admin_routes_have_a_second_lock() -> None:
         assert caught.value.status_code == 403
     require_admin(request(Principal(key_id="a", role=Role.ADMIN)))
     assert principal_of(Request({"type": "http", "headers": []})) is None
+
+
+def test_privileged_is_an_admin_key_or_a_server_without_any_keys() -> None:
+    def request(principal: Principal | None, **scope: object) -> Request:
+        return Request({"type": "http", "headers": [], "sailguard.principal": principal, **scope})
+
+    refused = [
+        request(None),
+        request(None, **{KEYLESS: False}),
+        *(request(Principal(key_id="a", role=role)) for role in (Role.CLIENT, Role.READER)),
+        request(Principal(key_id="a", role=Role.CLIENT), **{KEYLESS: True}),
+    ]
+    for one in refused:
+        assert not privileged(one)
+        with pytest.raises(ApiError) as caught:
+            require_privileged(one)
+        assert (caught.value.status_code, caught.value.code) == (403, "insufficient_permissions")
+        assert "admin key" in caught.value.message
+    for one in (request(None, **{KEYLESS: True}), request(Principal(key_id="a", role=Role.ADMIN))):
+        assert privileged(one)
+        require_privileged(one)
 
 
 def test_a_prefix_that_the_server_is_mounted_under_hides_no_admin_path(file: Path) -> None:

@@ -105,7 +105,8 @@ def test_blocked_whole_answer_is_the_refusal_alone(client: TestClient, chat: Cal
 def test_sampling_options_reach_the_engine(client: TestClient, engine: Any, chat: Callable[..., Any]) -> None:
     options = {"temperature": 0, "top_p": 0.5, "seed": 7, "stop": "END", "max_completion_tokens": 2}
     body = client.post(URL, json=chat(**options)).json()
-    assert engine.calls == [{"max_new_tokens": 2, "temperature": 0.0, "top_p": 0.5, "seed": 7, "stop": ("END",)}]
+    told = {"max_new_tokens": 2, "temperature": 0.0, "top_p": 0.5, "seed": 7, "stop": ("END",), "steer": ()}
+    assert engine.calls == [told]
     assert body["choices"][0]["finish_reason"] == "length"
 
 

@@ -116,7 +116,7 @@ def test_nothing_follows_the_deciding_event_of_a_choice(
 def test_options_reach_the_engine(client: TestClient, engine: Any) -> None:
     options = {"temperature": 0, "top_p": 0.5, "seed": 7, "stop": ["END", "STOP"], "max_tokens": 2}
     body = client.post(URL, json=ask(**options)).json()
-    told = {"max_new_tokens": 2, "temperature": 0.0, "top_p": 0.5, "seed": 7, "stop": ("END", "STOP")}
+    told = {"max_new_tokens": 2, "temperature": 0.0, "top_p": 0.5, "seed": 7, "stop": ("END", "STOP"), "steer": ()}
     assert engine.calls == [told]
     assert body["choices"][0]["finish_reason"] == "length"
     client.post(URL, json=ask(stop="END"))

@@ -260,3 +260,14 @@ def test_no_json_body_is_a_server_error(client: TestClient, chat: Callable[..., 
         assert response.status_code in (200, 400, 404)
         if response.status_code != 200:
             error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"), [("/v1/compare", "GET, POST"), ("/v1/traces", "POST"), ("/", "GET, HEAD")]
+)
+def test_a_method_that_a_path_does_not_have_is_answered_with_all_that_it_has(
+    client: TestClient, path: str, methods: str
+) -> None:
+    response = client.put(path)
+    assert (response.status_code, error_of(response)["code"]) == (405, "method_not_supported")
+    assert response.headers["allow"] == methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -67,6 +68,58 @@ def test_a_concept_and_a_layer_of_the_shipped_bank_are_found(client: TestClient,
     assert feature.id in ids(client.get(URL, params=params))
 
 
+def test_features_are_chosen_by_review_score_and_admission(small: TestClient, bank: Path) -> None:
+    draft = Draft.model_validate({"feature": "L1/0", "verdict": "reject", "reviewer": "Ada", "reason": "noise"})
+    append_reviews(bank, [draft])
+    assert ids(small.get(URL, params={"status": "rejected"})) == ["L1/0"]
+    assert ids(small.get(URL, params={"status": "unreviewed"})) == ["L1/1"]
+    assert ids(small.get(URL, params={"status": "accepted"})) == []
+    assert ids(small.get(URL, params={"min_auroc": 0.9})) == ["L1/1"]
+    assert ids(small.get(URL, params={"min_auroc": 0.5, "domain": "politics"})) == ["L1/0"]
+    assert ids(small.get(URL, params={"min_auroc": 0.7, "domain": "politics"})) == []
+    assert ids(small.get(URL, params={"admitted": True})) == ["L1/1", "L1/0"]
+    assert ids(small.get(URL, params={"admitted": False})) == []
+
+
+def test_no_feature_has_enough_of_a_score_that_none_has(client: TestClient, engine: Any, tmp_path: Path) -> None:
+    bare = [feature.model_copy(update={"scores": {}}) for feature in engine.bank.features]
+    engine.bank = dataclasses.replace(engine.bank, features=tuple(bare), content_hash="0" * 64)
+    assert ids(client.get(URL, params={"min_auroc": 0.0})) == []
+    assert len(ids(client.get(URL))) == 20
+
+
+def test_every_order_shows_every_feature_once_and_what_has_no_score_last(client: TestClient, engine: Any) -> None:
+    known = {feature.id: feature for feature in engine.bank.features}
+    for sort in ("auroc", "fidelity", "density", "id", "layer"):
+        shown = client.get(URL, params={"sort": sort, "limit": 1000}).json()["data"]
+        assert {feature["id"] for feature in shown} == set(known)
+        assert len(shown) == len(known)
+        if sort in ("auroc", "fidelity", "density"):
+            values = [feature[sort] for feature in shown]
+            scored = [value for value in values if value is not None]
+            assert values[: len(scored)] == sorted(scored, reverse=True)
+        else:
+            places = [(one["layer"], one["index"]) if sort == "id" else one["layer"] for one in shown]
+            assert places == sorted(places)
+    assert ids(client.get(URL)) == ids(client.get(URL, params={"sort": "auroc"}))
+
+
+def test_an_order_goes_before_relevance(small: TestClient) -> None:
+    assert ids(small.get(URL, params={"q": "bird", "sort": "id"})) == ["L1/0", "L1/1"]
+    assert ids(small.get(URL, params={"q": "bird", "sort": "auroc"})) == ["L1/1", "L1/0"]
+
+
+def test_a_summary_says_what_kind_of_feature_it_is_and_how_well_it_is_explained(
+    client: TestClient, engine: Any
+) -> None:
+    shown = {one["id"]: one for one in client.get(URL, params={"limit": 1000}).json()["data"]}
+    for feature in engine.bank.features:
+        one = shown[feature.id]
+        assert (one["kind"], one["direction"], one["admitted"]) == (feature.kind, feature.direction, feature.admitted)
+        by_level = {score.level: score.corr for score in reversed(feature.fidelity)}
+        assert one["fidelity"] == by_level.get("segment", by_level.get("token"))
+
+
 def test_a_feature_is_shown_with_all_that_is_recorded(client: TestClient, engine: Any) -> None:
     feature = max(engine.bank.features, key=lambda one: len(one.evidence))
     body = client.get(f"{URL}/{feature.id}").json()
@@ -88,7 +141,11 @@ def test_an_unknown_feature_is_not_found(small: TestClient, name: str) -> None:
     "params",
     [
         {"limit": 0},
-        {"limit": 101},
+        {"limit": 1001},
+        {"status": "new"},
+        {"min_auroc": 1.1},
+        {"admitted": "perhaps"},
+        {"sort": "size"},
         {"limit": "many"},
         {"offset": -1},
         {"layer": -1},
@@ -156,6 +213,9 @@ def test_another_bank_is_searched_as_soon_as_it_is_in_use(
 
 
 def test_nothing_here_needs_torch() -> None:
-    modules = "service.routes.features, service.routes.admin, service.routes.traces, service.reload"
+    modules = (
+        "service.routes.features, service.routes.admin, service.routes.traces, service.reload, "
+        "service.routes.compare, service.routes.about, service.routes.audit, service.routes.reviews"
+    )
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

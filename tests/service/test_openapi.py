@@ -17,9 +17,11 @@ from pydantic import BaseModel
 from guard.metrics import Metrics
 from service import schemas_responses as shapes
 from service.app import create_app
-from service.routes.features import FeatureDetail, FeatureList
 from service.routes.traces import TraceResponse
+from service.schemas_about import About, Stats
+from service.schemas_compare import Choices, Comparison
 from service.schemas_errors import ErrorResponse
+from service.schemas_features import FeatureDetail, FeatureList
 from service.settings import Settings
 from tests.service.file_engine import FileEngine
 
@@ -216,6 +218,7 @@ def test_judgements_have_the_documented_shapes(client: TestClient) -> None:
         hold(shapes.Moderation, client.post("/v1/moderations", json={"input": texts}).json())
     for text in ("", "violence", "one two three"):
         hold(TraceResponse, client.post("/v1/traces", json={"input": text}).json())
+    hold(Comparison, client.post("/v1/compare", json={"texts": ["calm", "violence"]}).json())
 
 
 def test_what_is_shown_has_the_documented_shapes(client: TestClient) -> None:
@@ -224,6 +227,9 @@ def test_what_is_shown_has_the_documented_shapes(client: TestClient) -> None:
     assert features["data"]
     for feature in features["data"]:
         hold(FeatureDetail, client.get(f"/v1/features/{feature['id']}").json())
+    hold(About, client.get("/v1/about").json())
+    hold(Stats, client.get("/v1/stats").json())
+    hold(Choices, client.get("/v1/compare").json())
     models = client.get("/v1/models").json()
     hold(shapes.ModelList, models)
     for model in models["data"]:
@@ -246,7 +252,17 @@ def test_what_is_shown_has_the_documented_shapes(client: TestClient) -> None:
         ("GET", "/v1/models/other", None, 404),
         ("GET", "/v1/features/other", None, 404),
         ("GET", "/v1/features?limit=0", None, 400),
+        ("GET", "/v1/features?sort=size", None, 400),
+        ("GET", "/v1/features?min_auroc=2", None, 400),
+        ("POST", "/v1/compare", {"texts": []}, 400),
+        ("POST", "/v1/compare", {"texts": ["one"], "left": {"bank": "other"}}, 404),
+        ("POST", "/v1/compare", {"texts": ["one"], "left": {"yaml": "rules: 1"}}, 409),
+        ("POST", "/v1/compare", {"texts": ["one"], "left": {"yaml": "rules: []", "policy": "strict"}}, 400),
         ("GET", "/admin/bank", None, 403),
+        ("POST", "/admin/reviews", {}, 403),
+        ("GET", "/admin/audit", None, 403),
+        ("GET", "/admin/audit/history", None, 403),
+        ("GET", "/ui/nothing.js", None, 404),
         ("GET", "/nowhere", None, 404),
         ("PUT", "/v1/models", None, 405),
     ],
@@ -267,6 +283,7 @@ def test_server_that_is_not_ready_refuses_in_the_documented_shape(make_app: Call
     with TestClient(make_app(load)) as client:
         for method, path in (
             *(("GET", path) for path in ("/readyz", "/v1/models", "/v1/models/x", "/v1/features")),
+            *(("GET", path) for path in ("/v1/about", "/v1/stats", "/v1/compare")),
             *(("POST", f"/v1/{path}") for path in ("chat/completions", "completions", "moderations", "traces")),
         ):
             body = {"chat/completions": CHAT, "completions": TEXTS}.get(path.removeprefix("/v1/"), {"input": "x"})
