@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from feature_bank.schema import FeatureRecord
 from feature_bank.verdicts import Review
 
-__all__ = ["FeatureDetail", "FeatureList", "FeatureSummary", "Label", "SortKey", "Status"]
+__all__ = ["FeatureDetail", "FeatureList", "FeatureSummary", "HeadPart", "Label", "SortKey", "Status"]
 
 Status = Literal["unreviewed", "accepted", "rejected"]
 SortKey = Literal["auroc", "fidelity", "density", "id", "layer"]
@@ -61,11 +61,19 @@ class FeatureList(BaseModel):
     bank: str
 
 
+class HeadPart(BaseModel):
+    """A feature's part in one domain's head."""
+
+    weight: float
+    steering: float
+
+
 class FeatureDetail(BaseModel):
-    """All that the bank holds of a feature, and its reviews."""
+    """All that the bank holds of a feature, its parts in the domains' heads, and its reviews."""
 
     object: Literal["feature"] = "feature"
     bank: str
     feature: FeatureRecord
+    heads: dict[str, HeadPart]
     effective: Label
     reviews: list[Review]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request
 from fastapi import Path as PathParameter
@@ -15,8 +15,11 @@ from feature_bank.taxonomy import Domain
 from service.catalogue import Catalogue
 from service.errors import ApiError, AsciiJSONResponse
 from service.schemas_errors import ERRORS
-from service.schemas_features import FeatureDetail, FeatureList, Label, SortKey, Status
+from service.schemas_features import FeatureDetail, FeatureList, HeadPart, Label, SortKey, Status
 from service.services import Services
+
+if TYPE_CHECKING:
+    from feature_bank.bank import Bank
 
 __all__ = ["feature_not_found", "router"]
 
@@ -84,10 +87,21 @@ async def get_feature(
     detail = FeatureDetail(
         bank=bank.version,
         feature=bank.by_id[feature_id],
+        heads=_head_parts(bank, feature_id),
         effective=Label.model_validate(asdict(view.labels[feature_id])),
         reviews=[review for review in view.log.reviews if review.feature == feature_id],
     )
     return AsciiJSONResponse(detail.model_dump(mode="json"))
+
+
+def _head_parts(bank: Bank, feature_id: str) -> dict[str, HeadPart]:
+    """The feature's weight and share of the mean difference in the heads that hold it, by domain."""
+    found = {}
+    for domain, head in bank.heads.items():
+        for name, weight, share in zip(head.features, head.weights, head.steering, strict=True):
+            if name == feature_id:
+                found[domain] = HeadPart(weight=weight, steering=share)
+    return found
 
 
 def feature_not_found(feature_id: str, bank: str, param: str) -> ApiError:

@@ -126,6 +126,10 @@ def test_a_feature_is_shown_with_all_that_is_recorded(client: TestClient, engine
     assert body["feature"] == feature.model_dump(mode="json")
     assert body["feature"]["evidence"]
     assert body["effective"]["explanation"] == feature.explanation
+    holding = {domain: head for domain, head in engine.bank.heads.items() if feature.id in head.features}
+    assert {domain: part["weight"] for domain, part in body["heads"].items()} == {
+        domain: head.weights[head.features.index(feature.id)] for domain, head in holding.items()
+    }
     assert (body["object"], body["bank"], body["reviews"]) == ("feature", engine.bank.version, [])
     assert client.get(f"{URL}/{quote(feature.id, safe='')}").json() == body
 

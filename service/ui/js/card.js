@@ -34,6 +34,7 @@ export function makeCard(detail, { domains, onFeature }) {
       section("Detection", "detection wide", detectionTable(feature, effective.domains, domains), "Of the feature alone: point, 95 % interval and, as a tick, what shuffled labels give."),
       section("Fidelity", "fidelity", fidelityTable(feature), "How well the explanation foretells where it fires; the tick is what other features' explanations reach."),
       section("Causality", "causality", causalityTable(feature, effective.domains, domains), feature.causality ? `Change of the scores if it is ablated, on ${whole(feature.causality.texts)} texts.` : null),
+      section("Part in the heads", "heads", headParts(detail.heads, domains), "What it adds to a domain's logit for each unit of averaged activation, and whether it steers the domain."),
       section("Predicate", "predicate", feature.predicate ? predicateTable(feature.predicate, tokenText) : null),
       section("Contrast pairs told apart", "concepts", pairs(feature.concept_scores)),
       section("Trigger tokens", "triggers", terms(feature.trigger_tokens)),
@@ -41,6 +42,18 @@ export function makeCard(detail, { domains, onFeature }) {
       section("Promotes", "promotes", chips(feature.promoted_tokens.map((text) => ({ text: tokenText(text) }))), "Tokens whose logits it raises most."),
       section("Near-duplicates", "duplicates", duplicates(feature.duplicates, onFeature)),
       section("Reviews", "reviews wide", history(reviews) ?? el("p", { class: "soft", text: "Nobody has reviewed it yet." }))));
+}
+
+/** Its weights in the domains' heads; a feature that no head holds tells the guard nothing. */
+function headParts(heads, domains) {
+  const held = domains.filter((domain) => domain in heads);
+  if (held.length === 0) return el("p", { class: "soft", text: "No head holds it: it explains, and decides nothing." });
+  return tableBox("scores", "Part in the domains' heads",
+    el("thead", {}, el("tr", {}, el("th", { text: "Domain", attrs: { scope: "col" } }), el("th", { class: "num", text: "weight", attrs: { scope: "col" } }), el("th", { text: "steers", attrs: { scope: "col" } }))),
+    el("tbody", {}, held.map((domain) => el("tr", { class: hue(domain) },
+      el("th", { attrs: { scope: "row" } }, el("span", { class: "swatch", aria: { hidden: true } }), el("bdi", { text: domain })),
+      el("td", { class: "num", text: fixed(heads[domain].weight) }),
+      el("td", { text: heads[domain].steering > 0 ? "yes" : "–" })))));
 }
 
 function bestDomain(feature, own) {
