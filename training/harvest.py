@@ -10,10 +10,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from training.corpus import TokenSequence
 from training.outliers import summarise
 from training.shards import DOCUMENT, TOKEN, length_name, open_shard, write_shard, written
 
-__all__ = ["MANIFEST", "Harvest", "harvest", "open_harvest", "plan_shards"]
+__all__ = ["MANIFEST", "Harvest", "ShardMaker", "harvest", "open_harvest", "plan_shards"]
 
 BLOCK_ROWS = 256
 CPU_BATCH_TOKENS, ACCELERATOR_BATCH_TOKENS = 2048, 16_384
@@ -91,6 +91,64 @@ def plan_shards(lengths: IntArray, documents: IntArray, *, shard_tokens: int) ->
     return shards
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardMaker:
+    """How the shards of one harvest are made: whoever has it, the model and a shard's sequences can make that shard.
+
+    A shard's bytes depend on nothing else, so it does not matter who makes it, when, or how often.
+    """
+
+    folder: Path
+    run: str
+    """The harvest that the shards name in their headers."""
+    hook_names: tuple[str, ...]
+    batch_tokens: int
+    block_rows: int
+
+    def has(self, number: int, rows: int) -> bool:
+        """Whether a shard of so many rows is on disk. Raises DataError if it is cut short, damaged or another one."""
+        path = shard_path(self.folder, number)
+        if not path.exists():
+            return False
+        with open_shard(path, self.run, number, self.block_rows) as shard:
+            for name in (*self.hook_names, DOCUMENT, TOKEN, *map(length_name, self.hook_names)):
+                if shard.shape(name)[0] != rows:
+                    raise DataError(
+                        f"{path}, field {name!r}: {shard.shape(name)[0]} rows, {rows} were expected; remove it"
+                    )
+        return True
+
+    def capture(self, model: Any, members: Sequence[TokenSequence]) -> dict[str, Tensor]:
+        """The tensors of a shard. Raises DataError naming the document whose activation is not finite."""
+        return _capture(model, members, self.hook_names, self.batch_tokens)
+
+    def write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Put a shard on disk. Raises DataError naming the file if it cannot be written."""
+        path = shard_path(self.folder, number)
+        write_shard(path, tensors, run=self.run, number=number, block_rows=self.block_rows)
+
+
+Missing = Iterable[tuple[int, list[TokenSequence]]]
+"""The numbers of the shards that are to be made, with their sequences; not in memory until asked for."""
+MakeShards = Callable[[Any, ShardMaker, Missing], Generator[int]]
+"""make(model, maker, missing): make these shards, and yield the number of each when it is on disk, in any order."""
+
+
+def make_here(model: Any, maker: ShardMaker, missing: Missing) -> Generator[int]:
+    """Make shards one after the other in this process; one is written while the next is computed."""
+    pending: tuple[int, Future[None]] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="sailguard-harvest") as writer:  # an error waits for it, too
+        for number, members in missing:
+            tensors = maker.capture(model, members)
+            if pending is not None:
+                pending[1].result()
+                yield pending[0]
+            pending = number, writer.submit(maker.write, number, tensors)
+        if pending is not None:
+            pending[1].result()
+            yield pending[0]
+
+
 def harvest(
     model: Any,
     sequences: Sequence[TokenSequence],
@@ -102,12 +160,14 @@ def harvest(
     batch_tokens: int | None = None,
     block_rows: int = BLOCK_ROWS,
     on_shard: Callable[[int, int, int], None] | None = None,
+    make: MakeShards = make_here,
 ) -> Harvest:
     """Capture `hook_names` on all sequences into `folder`, resuming what is there.
 
     fingerprint: what the activations depend on besides the sequences and the weights (model, tokenizer, layout).
     batch_tokens: padded tokens of a forward pass; by default 2,048 on a CPU and 16,384 on an accelerator. block_rows:
-    rows that share a checksum. on_shard(done, total, tokens) is called when a shard is on disk.
+    rows that share a checksum. on_shard(done, total, tokens) is called when a shard is on disk. make: who makes the
+    shards that are missing; by default this process.
 
     Raises DataError if there is no sequence, a document comes twice, the folder holds another harvest or a damaged
     shard, another process is harvesting into it, an activation is not finite, or the disk is full. What was finished
@@ -136,37 +196,32 @@ def harvest(
         "shards": len(plan),
     }
     manifest = json.loads(json.dumps(manifest))  # as it will be read back
-    run = run_id(manifest)
-    tokens = np.cumsum([counted.lengths[members].sum() for members in plan]).tolist()
+    names = tuple(hook_names)
+    maker = ShardMaker(
+        folder=folder, run=run_id(manifest), hook_names=names, batch_tokens=batch_tokens, block_rows=block_rows
+    )
+    done = tokens = 0
+
+    def count(number: int) -> None:
+        nonlocal done, tokens
+        done, tokens = done + 1, tokens + int(counted.lengths[plan[number]].sum())
+        if on_shard is not None:
+            on_shard(done, len(plan), tokens)
+
     with _claimed(folder, manifest):
-        pending: tuple[int, Future[None]] | None = None
-
-        def settle() -> None:
-            """Wait until the shard that is being written is on disk."""
-            nonlocal pending
-            if pending is not None:
-                (number, result), pending = pending, None
-                result.result()
-                if on_shard is not None:
-                    on_shard(number + 1, len(plan), tokens[number])
-
-        made = 0
-        with ThreadPoolExecutor(1, thread_name_prefix="sailguard-harvest") as writer:  # an error waits for it, too
-            for number, members in enumerate(plan):
-                path = shard_path(folder, number)
-                if path.exists():
-                    settle()
-                    _check(path, run, number, block_rows, hook_names, int(counted.rows[members].sum()))
-                    if on_shard is not None:
-                        on_shard(number + 1, len(plan), tokens[number])
-                    continue
-                made += 1
-                tensors = _capture(model, [sequences[i] for i in members.tolist()], hook_names, batch_tokens)
-                settle()
-                write = partial(write_shard, path, tensors, run=run, number=number, block_rows=block_rows)
-                pending = number, writer.submit(write)
-            settle()
-        if made or not (folder / SUMMARY).exists():
+        missing = []
+        for number, members in enumerate(plan):
+            if maker.has(number, int(counted.rows[members].sum())):
+                count(number)
+            else:
+                missing.append(number)
+        if missing:
+            work = ((number, [sequences[i] for i in plan[number].tolist()]) for number in missing)
+            with closing(make(model, maker, work)) as made:  # whatever ends this, nothing writes on after the claim
+                for number in made:
+                    count(number)
+            _clear(folder)
+        if missing or not (folder / SUMMARY).exists():
             summarise(folder, manifest)
     return open_harvest(folder)
 
@@ -212,14 +267,6 @@ def _capture(
     return tensors
 
 
-def _check(path: Path, run: str, number: int, block_rows: int, hook_names: Sequence[str], rows: int) -> None:
-    """Refuse a shard that is cut short, damaged in its header, or another one."""
-    with open_shard(path, run, number, block_rows) as shard:
-        for name in (*hook_names, DOCUMENT, TOKEN, *map(length_name, hook_names)):
-            if shard.shape(name)[0] != rows:
-                raise DataError(f"{path}, field {name!r}: {shard.shape(name)[0]} rows, {rows} were expected; remove it")
-
-
 @contextmanager
 def _claimed(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
     """Hold the folder: write the manifest or check the one there, and clear away what a killed run left.
@@ -242,7 +289,12 @@ def _claimed(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
         except BlockingIOError as e:
             raise DataError(f"{folder}: another process is harvesting into it; wait for it or stop it") from e
-        for name in ("shard-*", MANIFEST, OUTLIERS, SUMMARY):
-            for leftover in folder.glob(f".{name}.*.tmp"):
-                leftover.unlink(missing_ok=True)
+        _clear(folder)
         yield
+
+
+def _clear(folder: Path) -> None:
+    """Remove what was left half written. Only the holder of the folder may call this."""
+    for name in ("shard-*", MANIFEST, OUTLIERS, SUMMARY):
+        for leftover in folder.glob(f".{name}.*.tmp"):
+            leftover.unlink(missing_ok=True)

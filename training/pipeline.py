@@ -23,16 +23,17 @@ from feature_bank.schema import CorpusRecord, ModelIdentity, Pooling
 from feature_bank.taxonomy import Taxonomy, load_taxonomy, taxonomy_files
 from guard.hook_points import parse_hook_name
 from training.admission import AdmissionRules
+from training.cache import Harvest
 from training.candidates import Contrasts
 from training.contrast import LICENCE, harvest_contrasts, taxonomy_texts
 from training.corpus import Document, TokenSequence, corpus_hash, read_documents, tokenise
 from training.directions import add_directions
-from training.harvest import Harvest, harvest
 from training.packing import build_bank
 from training.reader import ActivationReader
 from training.selected import TrainedHook
+from training.stages import HERE, Stages
 from training.sweep import PREFIX, Reporter
-from training.trainer import SaeRun, TrainerConfig, train_saes
+from training.trainer import SaeRun, TrainerConfig
 
 _HERE = Path(__file__).parent
 # What the stages that keep results (activations, SAEs) depend on; the later ones are made anew each time.
@@ -137,8 +138,11 @@ def prepare(
     data: Sequence[Path],
     work: Path,
     report: Reporter,
+    stages: Stages = HERE,
 ) -> Prepared:
     """Read, harvest and train the SAEs, or find it all in `work`, the folder of an earlier run of the same.
+
+    stages: who harvests and trains, by default this process.
 
     Raises DataError for bad rows, too little text, no labelled text, or a work folder of another run.
     """
@@ -151,7 +155,7 @@ def prepare(
     _claim(work, preset, documents, identity, model)
 
     fingerprint = {"model": identity.config_hash, "tokenizer": identity.tokenizer_hash}
-    cache = harvest(
+    cache = stages.harvest(
         model,
         sequences,
         preset.hook_points,
@@ -164,7 +168,7 @@ def prepare(
     pairs = harvest_contrasts(
         model, tokenizer, texts, preset.hook_points, work / "contrasts", fingerprint=fingerprint, report=report
     )
-    hooks = _train_hooks(cache, identity, preset, work, report)
+    hooks = _train_hooks(cache, identity, preset, work, report, stages)
     if preset.directions:
         hooks = [add_directions(hook, cache, documents, texts, pairs) for hook in hooks]
         report("directions", 1, 1, f"{len(hooks[0].directions)} at each hook point")
@@ -200,15 +204,24 @@ def train_bank(
     out: Path,
     work: Path,
     report: Reporter,
+    stages: Stages = HERE,
 ) -> Bank:
     """Train a bank from files of text rows and write it to `out`.
 
     Stages keep their results under `work`: run again after an interruption, finished ones are not repeated.
+    stages: see `prepare`.
 
     Raises DataError for bad rows, too little text, no labelled text, or a work folder of another run.
     """
     prepared = prepare(
-        model=model, tokenizer=tokenizer, identity=identity, preset=preset, data=data, work=work, report=report
+        model=model,
+        tokenizer=tokenizer,
+        identity=identity,
+        preset=preset,
+        data=data,
+        work=work,
+        report=report,
+        stages=stages,
     )
     return build_bank(
         model=model,
@@ -273,13 +286,13 @@ def _claim(work: Path, preset: Preset, documents: Sequence[Document], identity: 
 
 
 def _train_hooks(
-    cache: Harvest, identity: ModelIdentity, preset: Preset, work: Path, report: Reporter
+    cache: Harvest, identity: ModelIdentity, preset: Preset, work: Path, report: Reporter, stages: Stages
 ) -> list[TrainedHook]:
     """Train (or read back) the SAEs of all hook points."""
     settings = preset.sae.model_dump()
     config = TrainerConfig(options={"k": settings.pop("k")}, **settings, seed=preset.seed)
     reader = ActivationReader(cache, preset.hook_points, batch_tokens=config.batch_tokens, seed=preset.seed)
-    trained = train_saes(
+    trained = stages.train_saes(
         reader,
         [SaeRun(name, config, name=name) for name in preset.hook_points],
         work,

@@ -19,12 +19,12 @@ from feature_bank.schema import ModelIdentity
 from guard.hook_points import parse_hook_name, resolve
 from training.architectures import StepStats
 from training.cache import Harvest
-from training.harvest import harvest
 from training.reader import ActivationReader
 from training.run_state import resolve_options
 from training.runs import SaeRun, TrainerConfig, label
+from training.stages import HERE, Stages
 from training.texts import TextFormat, read_texts
-from training.trainer import TrainedSae, train_saes
+from training.trainer import TrainedSae
 
 Reporter = Callable[[str, int, int, str], None]
 """report(stage, done, total, detail): called often; `done == total` ends the stage."""
@@ -218,11 +218,13 @@ def train_sweep(
     data: Sequence[Path],
     out: Path,
     report: Reporter,
+    stages: Stages = HERE,
 ) -> list[TrainedSae]:
     """Harvest the model's activations on the texts of `data`, and train all SAEs of the sweep in one pass over them.
 
     Below `out`: `activations`, `saes/HOOK POINT/NAME` (SAELens folders), `results.json` and `results.csv`. Run again
     after an interruption, nothing that is finished is done twice; so a sweep to which SAEs were added trains those.
+    stages: who harvests and trains, by default this process.
 
     Raises DataError for bad rows, too little text, a sweep that does not fit, or a folder of other text or model.
     """
@@ -233,7 +235,7 @@ def train_sweep(
         data, tokenizer, text_format=sweep.text_format, max_tokens=sweep.max_tokens, total_tokens=sweep.total_tokens
     )
     report("text", 1, 1, f"{len(sequences):,} of {counts.rows:,} texts, {counts.kept_tokens:,} tokens")
-    cache = harvest(
+    cache = stages.harvest(
         model,
         sequences,
         sweep.all_hook_points,
@@ -246,11 +248,17 @@ def train_sweep(
         },
         on_shard=lambda done, total, tokens: report("harvest", done, total, f"{tokens:,} tokens"),
     )
-    return train_cached(sweep, cache, out, report=report, model_name=identity.id)
+    return train_cached(sweep, cache, out, report=report, model_name=identity.id, stages=stages)
 
 
 def train_cached(
-    sweep: Sweep, cache: Harvest, out: Path, *, report: Reporter, model_name: str | None = None
+    sweep: Sweep,
+    cache: Harvest,
+    out: Path,
+    *,
+    report: Reporter,
+    model_name: str | None = None,
+    stages: Stages = HERE,
 ) -> list[TrainedSae]:
     """Train the SAEs of the sweep on activations that were harvested before. See `train_sweep`."""
     runs = sweep.runs()
@@ -269,7 +277,7 @@ def train_cached(
         made[run.name] = step
         report("train", sum(made.values()), total, f"step {step:,} of {steps:,}, fvu {stats.fvu:.3f} at {run.name}")
 
-    trained = train_saes(reader, runs, out, on_step=on_step, model_name=model_name)
+    trained = stages.train_saes(reader, runs, out, on_step=on_step, model_name=model_name)
     write_results(trained, out)
     report("train", total, total, f"{len(trained)} SAEs on {reader.tokens:,} tokens ({reader.outliers:,} outliers not)")
     return trained

@@ -41,9 +41,11 @@ __all__ = [
     "SaeRun",
     "TrainedSae",
     "TrainerConfig",
+    "finished_saes",
     "inliers",
     "label",
     "learning_rate",
+    "train_claimed",
     "train_sae",
     "train_saes",
 ]
@@ -90,11 +92,22 @@ def train_saes(
     naming the file if one is damaged or cannot be written. What was finished before stays.
     """
     _check(reader, runs)
+    with sole_user(folder):
+        return train_claimed(reader, runs, folder, on_step=on_step, model_name=model_name)
+
+
+def train_claimed(
+    reader: Reader,
+    runs: Sequence[SaeRun],
+    folder: Path,
+    *,
+    on_step: OnStep | None = None,
+    model_name: str = "",
+) -> list[TrainedSae]:
+    """`train_saes` in a folder whose lock the caller holds, or holds for this process: some of the runs of a whole."""
     generators = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with sole_user(folder), torch.random.fork_rng(devices=generators):
-        sample = reader.sample(SAMPLE_ROWS)
-        identity = _data_identity(reader, sample)
-        fingerprints = {run.name: _fingerprint(run, identity, sample) for run in runs}
+    with torch.random.fork_rng(devices=generators):
+        sample, fingerprints = _identified(reader, runs)
         trained = {run.name: _finished(run, folder, fingerprints[run.name]) for run in runs}
         states = []
         for run in runs:
@@ -106,6 +119,16 @@ def train_saes(
         for finished in _train(reader, states, folder, fingerprints, on_step, model_name):
             trained[finished.run.name] = finished
     return [found for run in runs if (found := trained[run.name]) is not None]
+
+
+def finished_saes(reader: Reader, runs: Sequence[SaeRun], folder: Path) -> list[TrainedSae | None]:
+    """The SAEs that are finished in `folder`, and None for each that is not.
+
+    Raises DataError, as `train_saes` does, for settings that do not fit and for a finished SAE of other ones.
+    """
+    _check(reader, runs)
+    _, fingerprints = _identified(reader, runs)
+    return [_finished(run, folder, fingerprints[run.name]) for run in runs]
 
 
 def train_sae(
@@ -128,6 +151,11 @@ def train_sae(
     return trained.load(), StepStats(**{name: trained.figures[name] for name in StepStats._fields})
 
 
+def sae_file(run: SaeRun, folder: Path) -> Path:
+    """The file of a run that appears when it is finished."""
+    return folder / SAE_FOLDER / run.name / CONFIG_FILE
+
+
 def _check(reader: Reader, runs: Sequence[SaeRun]) -> None:
     """Refuse what cannot be trained before anything is written."""
     names = [run.name for run in runs]
@@ -147,6 +175,13 @@ def _check(reader: Reader, runs: Sequence[SaeRun]) -> None:
             f"{reader.tokens} activations at {', '.join(reader.hook_names)} are fewer than one batch of "
             f"{reader.batch_tokens}; give more text"
         )
+
+
+def _identified(reader: Reader, runs: Sequence[SaeRun]) -> tuple[Batch, dict[str, dict[str, Any]]]:
+    """A sample of the data, and the fingerprint of every run on it."""
+    sample = reader.sample(SAMPLE_ROWS)
+    identity = _data_identity(reader, sample)
+    return sample, {run.name: _fingerprint(run, identity, sample) for run in runs}
 
 
 def _data_identity(reader: Reader, sample: Batch) -> dict[str, Any]:
@@ -172,8 +207,8 @@ def _fingerprint(run: SaeRun, identity: Mapping[str, Any], sample: Batch) -> dic
 
 def _finished(run: SaeRun, folder: Path, fingerprint: Mapping[str, Any]) -> TrainedSae | None:
     """The SAE of a run that was finished earlier."""
-    target = folder / SAE_FOLDER / run.name
-    file = target / CONFIG_FILE
+    file = sae_file(run, folder)
+    target = file.parent
     if not file.exists():
         return None
     try:
