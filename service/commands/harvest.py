@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from feature_bank.errors import DataError
+from service.commands.cluster import ClusterOption, stages_on
 from service.commands.options import DataOption, JsonOption, ModelOption
 from service.commands.terminal import error_console, output_console, plain, print_json
 
@@ -49,6 +50,7 @@ def harvest(
     shard_tokens: Annotated[
         int, typer.Option("--shard-tokens", min=1, help="Of each file; an interruption costs two files at most.")
     ] = 16_384,
+    cluster: ClusterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Keep a model's activations at some hook points on disk, to train SAEs on.
@@ -64,7 +66,6 @@ def harvest(
     from feature_bank.identity import identify
     from guard.hook_points import resolve
     from guard.models import load_model
-    from training.harvest import harvest as capture
     from training.texts import read_texts
 
     loaded = load_model(model)
@@ -89,21 +90,22 @@ def harvest(
             progress.print(f"harvest {done}/{total}: {tokens:,} tokens", markup=False)
             said = now
 
-    cache = capture(
-        loaded.model,
-        sequences,
-        hook_names,
-        out,
-        fingerprint={
-            "model_id": identity.id,
-            "model": identity.config_hash,
-            "tokenizer": identity.tokenizer_hash,
-            "text_format": text_format.value,
-            "corpus": files,
-        },
-        shard_tokens=shard_tokens,
-        on_shard=report,
-    )
+    with stages_on(cluster) as stages:
+        cache = stages.harvest(
+            loaded.model,
+            sequences,
+            hook_names,
+            out,
+            fingerprint={
+                "model_id": identity.id,
+                "model": identity.config_hash,
+                "tokenizer": identity.tokenizer_hash,
+                "text_format": text_format.value,
+                "corpus": files,
+            },
+            shard_tokens=shard_tokens,
+            on_shard=report,
+        )
     found = _summary(cache, counts)
     if as_json:
         print_json(found)

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from feature_bank.errors import DataError
+from service.commands.cluster import ClusterOption, stages_on
 from service.commands.explain import explain
 from service.commands.harvest import harvest
 from service.commands.options import JsonOption, ModelOption
@@ -83,6 +84,7 @@ def train_bank(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bank that OUT holds.")] = False,
     model: ModelOption = None,
+    cluster: ClusterOption = None,
 ) -> None:
     """Train SAEs on a model's activations and distil them into a feature bank."""
     check_target(out, overwrite)
@@ -94,7 +96,7 @@ def train_bank(
 
     settings = pipeline.load_preset(preset)
     loaded = load_model(model)
-    with StageReport() as report:
+    with stages_on(cluster) as stages, StageReport() as report:
         bank = pipeline.train_bank(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
@@ -104,6 +106,7 @@ def train_bank(
             out=out,
             work=work or out.with_name(f"{out.name}.work"),
             report=report,
+            stages=stages,
         )
     output_console().print(f"{bank.version}: {len(bank.features)} features in {out}", markup=False, soft_wrap=True)
 
@@ -121,6 +124,7 @@ def saes(
         typer.Option("--cache", metavar="FOLDER", help="Activations that were harvested before, instead of --data."),
     ] = None,
     model: ModelOption = None,
+    cluster: ClusterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train many SAEs at once: layers, sparsities, seeds and architectures, from one pass over the activations.
@@ -134,11 +138,13 @@ def saes(
     from training.sweep import load_sweep, rows, train_cached, train_sweep
 
     sweep = load_sweep(config)
-    with StageReport() as report:
+    with stages_on(cluster) as stages, StageReport() as report:
         if cache is not None:
             from training.cache import open_harvest
 
-            trained = train_cached(sweep, open_harvest(cache), out, report=report)
+            trained = train_cached(
+                sweep, open_harvest(cache.resolve() if cluster else cache), out, report=report, stages=stages
+            )
         else:
             from feature_bank.identity import identify
             from guard.models import load_model
@@ -152,6 +158,7 @@ def saes(
                 data=paths,
                 out=out,
                 report=report,
+                stages=stages,
             )
     if as_json:
         print_json(rows(trained))

@@ -1,0 +1,81 @@
+"""A Ray cluster of two nodes on the loopback, each with one CPU, whose nodes a test may take away."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from training.cluster.connection import connect
+
+OBJECT_STORE = 80 << 20
+# A node that is gone is noticed in seconds, not in half a minute
+HEALTH = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
+
+
+class TwoNodes:
+    """The head, and one node more."""
+
+    def __init__(self, cluster: Any) -> None:
+        self.cluster = cluster
+        self.address: str = cluster.address
+        self.second: Any = None
+
+    def add_second(self) -> None:
+        if self.second is None:
+            self.second = self.cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE)
+            self.cluster.wait_for_nodes()
+
+    def kill_second(self) -> None:
+        node, self.second = self.second, None
+        if node is not None:
+            self.cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[TwoNodes]:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed; pip install 'sailguard[ray]', or scripts/test --all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 1,
+                "object_store_memory": OBJECT_STORE,
+                "include_dashboard": False,
+                "_system_config": HEALTH,
+            },
+        )
+        try:
+            yield TwoNodes(cluster)
+        finally:
+            import ray
+
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(two_nodes: TwoNodes) -> Iterator[TwoNodes]:
+    """Both nodes are there, and this process is connected."""
+    two_nodes.add_second()
+    with connect(two_nodes.address):
+        yield two_nodes
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
