@@ -53,7 +53,7 @@ def connect(address: str | None) -> Iterator[None]:
         with _quiet():
             try:
                 ray.init(**options, log_to_driver=False, logging_level=logging.WARNING)
-            except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as e:
+            except (ray.exceptions.RayError, RuntimeError, ValueError, OSError) as e:
                 reason = " ".join(str(e).split())[:300]
                 raise DataError(
                     f"--cluster {address or LOCAL}: no Ray cluster could be joined ({reason}); start one with "

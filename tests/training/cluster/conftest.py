@@ -19,6 +19,13 @@ HEALTH = {
     "health_check_timeout_ms": 2000,
     "health_check_failure_threshold": 3,
 }
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    # Room on a node that is gone is waited for this long, before fewer workers are started
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
 
 
 class TwoNodes:
@@ -40,13 +47,13 @@ class TwoNodes:
             self.cluster.remove_node(node, allow_graceful=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def two_nodes() -> Iterator[TwoNodes]:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed; pip install 'sailguard[ray]', or scripts/test --all")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)
         from ray.cluster_utils import Cluster
 

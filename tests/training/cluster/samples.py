@@ -52,7 +52,7 @@ def reader(cache: Harvest, pause: float = 0.0) -> SlowReader:
     return found
 
 
-def saes(epochs: int = 2) -> list[SaeRun]:
+def saes(epochs: int = 1) -> list[SaeRun]:
     """Two at each hook point, one of them larger; checkpoints at every fifth step."""
     settings: dict[str, Any] = {
         "options": {"k": 2},

@@ -16,6 +16,7 @@ from feature_bank.errors import DataError
 from tests.training.cluster.conftest import TwoNodes
 from tests.training.cluster.samples import PAUSE, RAY, LlamaForCausalLM, toy
 from tests.training.samples import TOY_HOOKS, contents, toy_sequences
+from training.cache import MANIFEST
 from training.cluster.harvesting import make_on_cluster, pack, unpack
 
 pytestmark = RAY
@@ -39,25 +40,20 @@ def test_a_shards_sequences_survive_the_way_to_a_worker() -> None:
     assert [s.positions.tolist() for s in found] == [s.positions.tolist() for s in sequences]
 
 
-def test_the_files_are_those_of_a_harvest_in_one_process(
+def test_the_files_are_those_of_a_harvest_in_one_process_and_what_is_there_is_kept(
     cluster: TwoNodes, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
+    kept = "shard-00002.safetensors"
+    for name in (MANIFEST, kept):
+        (tmp_path / name).write_bytes(whole[name])
+    before = (tmp_path / kept).stat().st_mtime_ns
     said: list[tuple[int, int, int]] = []
     cache = toy(tmp_path, make=make_on_cluster, on_shard=lambda *progress: said.append(progress))
     assert contents(tmp_path) == whole
+    assert (tmp_path / kept).stat().st_mtime_ns == before
     total = len(cache.shards)
     assert [done for done, _, _ in said] == list(range(1, total + 1))
     assert said[-1] == (total, total, cache.manifest["tokens"])
-
-
-def test_what_is_there_is_not_made_again(cluster: TwoNodes, whole: dict[str, bytes], tmp_path: Path) -> None:
-    kept = "shard-00002.safetensors"
-    for name in ("harvest.json", kept):
-        (tmp_path / name).write_bytes(whole[name])
-    before = (tmp_path / kept).stat().st_mtime_ns
-    toy(tmp_path, make=make_on_cluster)
-    assert contents(tmp_path) == whole
-    assert (tmp_path / kept).stat().st_mtime_ns == before
 
 
 def test_a_node_that_is_killed_costs_its_running_shards_only(
@@ -99,7 +95,7 @@ def test_a_driver_that_is_stopped_is_taken_up_where_it_was(
     assert code == (-signal.SIGKILL if end == signal.SIGKILL else 130), log.read_text()
     finished = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
     assert 3 <= len(finished) < len(whole) - 3
-    toy(tmp_path, make=make_on_cluster)
+    toy(tmp_path, **({"make": make_on_cluster} if end == signal.SIGKILL else {}))  # it may as well go on here
     assert contents(tmp_path) == whole
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in finished} == finished
 
