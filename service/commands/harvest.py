@@ -68,29 +68,29 @@ def harvest(
     from guard.models import load_model
     from training.texts import read_texts
 
-    loaded = load_model(model)
-    hook_names = list(dict.fromkeys(hook_point))
-    for name in hook_names:
-        resolve(loaded.model, name)  # a wrong id is refused before the text is read
-    identity = identify(loaded.model, loaded.tokenizer, loaded.model_id)
-    tokenizer: Any = loaded.tokenizer
-    sequences, counts = read_texts(
-        data, tokenizer, text_format=text_format.value, max_tokens=max_tokens, total_tokens=total_tokens
-    )
-    files = []
-    for path in data:
-        with path.open("rb") as file:
-            files.append({"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
-    progress, said = error_console(), 0.0
+    with stages_on(cluster) as stages:  # what is wrong with it is said before the text is read
+        loaded = load_model(model)
+        hook_names = list(dict.fromkeys(hook_point))
+        for name in hook_names:
+            resolve(loaded.model, name)  # a wrong id is refused before the text is read
+        identity = identify(loaded.model, loaded.tokenizer, loaded.model_id)
+        tokenizer: Any = loaded.tokenizer
+        sequences, counts = read_texts(
+            data, tokenizer, text_format=text_format.value, max_tokens=max_tokens, total_tokens=total_tokens
+        )
+        files = []
+        for path in data:
+            with path.open("rb") as file:
+                files.append({"name": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+        progress, said = error_console(), 0.0
 
-    def report(done: int, total: int, tokens: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if done == total or now - said >= LINE_SECONDS:
-            progress.print(f"harvest {done}/{total}: {tokens:,} tokens", markup=False)
-            said = now
+        def report(done: int, total: int, tokens: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if done == total or now - said >= LINE_SECONDS:
+                progress.print(f"harvest {done}/{total}: {tokens:,} tokens", markup=False)
+                said = now
 
-    with stages_on(cluster) as stages:
         cache = stages.harvest(
             loaded.model,
             sequences,

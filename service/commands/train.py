@@ -95,19 +95,20 @@ def train_bank(
     from training import pipeline
 
     settings = pipeline.load_preset(preset)
-    loaded = load_model(model)
-    with stages_on(cluster) as stages, StageReport() as report:
-        bank = pipeline.train_bank(
-            model=loaded.model,
-            tokenizer=loaded.tokenizer,
-            identity=identify(loaded.model, loaded.tokenizer, loaded.model_id),
-            preset=settings,
-            data=paths,
-            out=out,
-            work=work or out.with_name(f"{out.name}.work"),
-            report=report,
-            stages=stages,
-        )
+    with stages_on(cluster) as stages:
+        loaded = load_model(model)
+        with StageReport() as report:
+            bank = pipeline.train_bank(
+                model=loaded.model,
+                tokenizer=loaded.tokenizer,
+                identity=identify(loaded.model, loaded.tokenizer, loaded.model_id),
+                preset=settings,
+                data=paths,
+                out=out,
+                work=work or out.with_name(f"{out.name}.work"),
+                report=report,
+                stages=stages,
+            )
     output_console().print(f"{bank.version}: {len(bank.features)} features in {out}", markup=False, soft_wrap=True)
 
 

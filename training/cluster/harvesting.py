@@ -68,10 +68,13 @@ def harvest_on_cluster(
     return harvest(model, sequences, hook_names, folder.resolve(), make=make_on_cluster, **options)
 
 
-def make_on_cluster(model: Any, maker: ShardMaker, missing: Missing) -> Generator[int]:
+def make_on_cluster(
+    model: Any, maker: ShardMaker, missing: Missing, *, max_workers: int | None = None
+) -> Generator[int]:
     """Make shards on the connected cluster: the `make` of `training.harvest.harvest`.
 
-    The model is put into the cluster's object store once, as it is here, and every actor takes it from there.
+    The model is put into the cluster's object store once, as it is here, and every actor takes it from there. There are
+    as many actors as the cluster has room for, or `max_workers` if that is fewer.
 
     Raises DataError for what `harvest` raises it for, a folder that the machines do not share, other versions on a
     worker, or a cluster that is lost.
@@ -82,7 +85,7 @@ def make_on_cluster(model: Any, maker: ShardMaker, missing: Missing) -> Generato
     _say_threads(places, device)
     held = ray.put(copy.deepcopy(model).cpu() if device.type != "cpu" else model)
     tables = [pack(number, members) for number, members in missing]
-    workers = min(places.workers, len(tables))
+    workers = min(places.workers, len(tables), max_workers or places.workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
