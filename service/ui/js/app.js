@@ -31,8 +31,12 @@ export async function refreshAbout() {
   return found;
 }
 
-/** The view's own part of the address. Replaces it in place: the back button goes between views. */
+/**
+ * The view's own part of the address. Replaces it in place: the back button goes between views. A view that is no longer
+ * shown, and says something late, does not change the address of the one that is.
+ */
 export function setState(name, params) {
+  if (shown !== null && shown.name !== name) return;
   const query = params.toString();
   history.replaceState(null, "", `#/${name}${query ? `?${query}` : ""}`);
 }
