@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
-import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from feature_bank import sqlite
 from feature_bank.errors import SailguardError
+from feature_bank.sqlite import iso, transaction
 
 __all__ = [
     "COLUMNS",
@@ -89,11 +88,7 @@ _STEPS: tuple[tuple[str, ...], ...] = (
 """What makes a file of version n + 1 out of one of version n; the first step starts from nothing."""
 
 SCHEMA_VERSION = len(_STEPS)
-_MAGIC = b"SQLite format 3\0"
-_HEADER_BYTES = 100
 _APPLICATION_ID = 0x53474155
-_BUSY_SECONDS = 3.0
-_MAKING_SECONDS = 1.0
 _BATCH = 500
 _INSERT = f"INSERT INTO verdicts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 
@@ -130,58 +125,22 @@ class Selection:
         return " AND ".join(["1", *given]), list(given.values())
 
 
-def iso(unix: float) -> str:
-    """A unix time as UTC in ISO 8601 with milliseconds."""
-    return datetime.fromtimestamp(unix, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def open_for_writing(path: Path) -> sqlite3.Connection:
     """Open the file at `path`, made with its folder if it is not there, and brought to this schema if it is older.
 
-    The connection is in autocommit mode; what it commits is on the disk when the commit returns.
     Raises `AuditError` for a file that is not an audit's, or is a newer program's; such a file is left as it is.
     """
-    path = path.absolute()
-    with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if _examine(path) == 0:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                # One that was there already may be open to others. SQLite gives the files beside it the same mode.
-                if os.fstat(descriptor).st_size == 0:
-                    os.fchmod(descriptor, 0o600)
-            finally:
-                os.close(descriptor)
-        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        try:
-            _prepare(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-    return connection
+    return sqlite.open_for_writing(path, _kind())
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
     """Open the file at `path`, which a server may be writing. Raises `AuditError` as `open_for_writing` does."""
-    path = path.absolute()
-    with _named(path):
-        if not path.exists():
-            raise audit_error(path, "it does not exist; `sailguard serve` makes it, see SAILGUARD_AUDIT")
-        if _examine(path) == 0:
-            raise audit_error(path, "it is empty, no server has opened it yet")
-        address = f"{path.as_uri()}?mode=ro"
-        connection = sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
-        try:
-            _check_version(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-    return connection
+    return sqlite.open_for_reading(path, _kind())
 
 
 def insert(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
     """Write `rows` in one transaction: all of them are on the disk, or none and an `sqlite3.Error` is raised."""
-    with _transaction(connection):
+    with transaction(connection):
         connection.executemany(_INSERT, rows)
 
 
@@ -190,7 +149,7 @@ def prune_batch(connection: sqlite3.Connection, before: float) -> int:
     oldest = "SELECT id FROM verdicts WHERE unix < ? ORDER BY unix LIMIT ?"
     if not connection.execute(oldest, (before, 1)).fetchone():
         return 0  # without the lock that other writers may want
-    with _transaction(connection):
+    with transaction(connection):
         return connection.execute(f"DELETE FROM verdicts WHERE id IN ({oldest})", (before, _BATCH)).rowcount
 
 
@@ -199,7 +158,7 @@ def prune(path: Path, before: float) -> int:
     if not path.exists():
         raise audit_error(path, "it does not exist")
     removed = 0
-    with _named(path), contextlib.closing(open_for_writing(path)) as connection:
+    with _kind().named(path), contextlib.closing(open_for_writing(path)) as connection:
         while count := prune_batch(connection, before):
             removed += count
             connection.executescript(f"PRAGMA incremental_vacuum({_BATCH})")  # `execute` would free one page
@@ -249,103 +208,12 @@ def entry_of(row: tuple[Any, ...]) -> Entry:
     return entry
 
 
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Let errors name the file."""
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        raise audit_error(path, f"{error}; name a file that this user may write") from error
-
-
-def _examine(path: Path) -> int:
-    """Return the file's size, 0 if it is not there. Raises `AuditError` if it is something else than an audit.
-
-    This reads the header by itself: SQLite may write to a file, or beside it, as soon as it opens it.
-    """
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return 0
-    if not stat.S_ISREG(status.st_mode):
-        raise audit_error(path, "it is not a regular file; name another one")
-    if status.st_size == 0:
-        return 0
-    deadline = time.monotonic() + _MAKING_SECONDS
-    while True:
-        with path.open("rb") as file:
-            header = file.read(_HEADER_BYTES)
-        if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
-            raise audit_error(path, "it is not an SQLite database, and was left as it is; name another file")
-        application = int.from_bytes(header[68:72], "big")
-        if application == _APPLICATION_ID:
-            break
-        if application != 0 or time.monotonic() > deadline:
-            raise audit_error(path, "it is another program's database; name another file")
-        time.sleep(0.02)  # another worker may be making it at this moment
-    _refuse_newer(int.from_bytes(header[60:64], "big"), path)
-    return status.st_size
-
-
-def _refuse_newer(version: int, path: Path) -> None:
-    if version > SCHEMA_VERSION:
-        raise audit_error(
-            path,
-            f"its schema is version {version}, and this sailguard knows versions up to "
-            f"{SCHEMA_VERSION}: update sailguard, or name another file",
-        )
-
-
-def _check_version(connection: sqlite3.Connection, path: Path) -> int:
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    _refuse_newer(version, path)
-    return version
-
-
-def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Set the connection up, and write the schema if the file has none or an older one."""
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA secure_delete = ON")
-    if _check_version(connection, path) < SCHEMA_VERSION:
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect before the first table alone
-        # The header's two marks have to stand in the file itself, which a write-ahead log would put off.
-        with _transaction(connection):
-            for number in range(_check_version(connection, path), SCHEMA_VERSION):
-                for statement in _STEPS[number]:
-                    connection.execute(statement)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    _use_wal(connection)
-    connection.execute("PRAGMA journal_size_limit = 67108864")
-    connection.execute(f"SELECT {', '.join(COLUMNS)} FROM verdicts LIMIT 0")
-
-
-def _use_wal(connection: sqlite3.Connection) -> None:
-    """Turn the write-ahead log on. The switch wants the file to itself, and SQLite does not wait for that."""
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
-                raise
-        else:
-            if mode == "wal":
-                return
-            if time.monotonic() > deadline:
-                raise sqlite3.OperationalError("its file system does not carry a write-ahead log")
-        time.sleep(0.01)
-
-
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        # SQLite rolls back by itself after some errors.
-        if connection.in_transaction:
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
-        raise
+def _kind() -> sqlite.DatabaseKind:
+    return sqlite.DatabaseKind(
+        name="audit file",
+        application_id=_APPLICATION_ID,
+        steps=_STEPS,
+        probe=f"SELECT {', '.join(COLUMNS)} FROM verdicts LIMIT 0",
+        maker="`sailguard serve` makes it, see SAILGUARD_AUDIT",
+        error=AuditError,
+    )
