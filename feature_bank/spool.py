@@ -35,6 +35,7 @@ __all__ = [
     "Why",
     "iso",
     "pack",
+    "spool_error",
     "unpack",
 ]
 
@@ -175,6 +176,14 @@ class Spool:
         """Close the file."""
         self._connection.close()
 
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[sqlite3.Connection]:
+        """The connection to the file; what goes wrong in its use is a SpoolError that names the file."""
+        try:
+            yield self._connection
+        except sqlite3.Error as error:
+            raise spool_error(self.path, f"{error}") from error
+
     def __enter__(self) -> Self:
         return self
 
@@ -184,7 +193,7 @@ class Spool:
     def add(self, items: Iterable[SpoolItem]) -> int:
         """Write `items` in one transaction; return how many. They are on the disk then, all or none."""
         rows = [_row(item) for item in items]
-        with self._named(), transaction(self._connection):
+        with self.connected() as connection, transaction(connection):
             self._connection.executemany(_INSERT, rows)
         return len(rows)
 
@@ -195,7 +204,7 @@ class Spool:
         if not reviewer.strip():
             raise spool_error(self.path, "a mark needs its reviewer's name")
         made = Mark(item=item, domain=domain, mark=mark, reviewer=reviewer.strip(), reason=reason, unix=time.time())
-        with self._named(), transaction(self._connection):
+        with self.connected() as connection, transaction(connection):
             row = self._connection.execute("SELECT scores FROM items WHERE id = ?", (item,)).fetchone()
             if row is None:
                 raise spool_error(self.path, f"there is no item {item}; it may have been removed meanwhile")
@@ -208,7 +217,7 @@ class Spool:
 
     def item(self, number: int) -> SpoolItem | None:
         """The item of that number, with its activations."""
-        with self._named():
+        with self.connected():
             row = self._connection.execute(f"SELECT id, {_COLUMNS} FROM items WHERE id = ?", (number,)).fetchone()
         return None if row is None else self._item(row)
 
@@ -219,11 +228,11 @@ class Spool:
         """
         condition, values = (selection or Selection()).where()
         query = f"SELECT id, {_COLUMNS if acts else _WITHOUT_ACTS} FROM items WHERE id > ? AND id <= ? AND {condition}"
-        with self._named():
+        with self.connected():
             last = int(self._connection.execute("SELECT coalesce(max(id), 0) FROM items").fetchone()[0])
         seen = 0
         while True:
-            with self._named():
+            with self.connected():
                 rows = self._connection.execute(f"{query} ORDER BY id LIMIT {_BATCH}", (seen, last, *values)).fetchall()
             if not rows:
                 return
@@ -234,14 +243,14 @@ class Spool:
         """The newest items that are meant, newest first, without activations. before: only smaller numbers."""
         condition, values = selection.where()
         query = f"SELECT id, {_WITHOUT_ACTS} FROM items WHERE id < ? AND {condition} ORDER BY id DESC LIMIT ?"
-        with self._named():
+        with self.connected():
             rows = self._connection.execute(query, (_LARGEST if before is None else before, *values, limit)).fetchall()
         return [self._item(row) for row in rows]
 
     def marks(self, item: int) -> list[Mark]:
         """All marks of an item, oldest first."""
         query = f"SELECT {', '.join(MARK_COLUMNS)} FROM marks WHERE item = ? ORDER BY id"
-        with self._named():
+        with self.connected():
             rows = self._connection.execute(query, (item,)).fetchall()
         return [self._mark(row) for row in rows]
 
@@ -257,7 +266,7 @@ class Spool:
 
     def statistics(self) -> dict[str, Any]:
         """Count the items and marks: in all, by what they say and by the versions that said it."""
-        with self._named():
+        with self.connected():
             total, texts, tokens, first, last = self._connection.execute(
                 "SELECT count(*), count(text), coalesce(sum(tokens), 0), min(unix), max(unix) FROM items"
             ).fetchone()
@@ -284,13 +293,6 @@ class Spool:
             "by": by,
             "marked": counted,
         }
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise spool_error(self.path, f"{error}") from error
 
     def _item(self, row: Sequence[Any]) -> SpoolItem:
         values = dict(zip(("id", *ITEM_COLUMNS), row, strict=True))

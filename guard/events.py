@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+
+from feature_bank.spool_acts import Acts
 
 Phase = Literal["prompt", "response"]
 ActionName = Literal["allow", "flag", "steer", "block"]
@@ -113,6 +115,14 @@ class TextScore(_Record):
     features: Mapping[str, tuple[FeatureHit, ...]]
     tokens: int
     truncated: bool
+    seen: Acts | None = field(default=None, repr=False, compare=False)
+    """What the guard saw of the judged tokens, where that was asked for. It stays within the process."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values, without what was seen."""
+        data = asdict(replace(self, seen=None))
+        del data["seen"]
+        return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

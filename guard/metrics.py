@@ -40,6 +40,8 @@ _PHASES = ("prompt", "response")
 _RESULTS = ("allow", "flag", "steer", "block", "error")
 _ON_ERROR = ("block", "flag", "allow")
 _REFUSALS = ("queue", "rate", "concurrency", "timeout", "not_ready", "auth", "host", "size")
+_SPOOLED = ("sampled", "verdict")
+_SPOOL_DROPS = ("full", "error")
 _RELOADED = ("bank", "policy")
 _RELOADS = ("ok", "refused")
 _BANK_LABELS = ("name", "version", "model", "content_hash")
@@ -120,6 +122,40 @@ class Metrics:
             ["on_error"],
             registry=self.registry,
         )
+        self._spool_items = Counter(
+            "sailguard_spool_items",
+            "Items written to the spool, by why they are kept.",
+            ["why"],
+            registry=self.registry,
+        )
+        self._spool_dropped = Counter(
+            "sailguard_spool_dropped",
+            "Items that the spool had no room for, or could not write.",
+            ["reason"],
+            registry=self.registry,
+        )
+        # Of processes that share a page the one is shown that has moved farthest.
+        self._drift_flag = _gauge(
+            "sailguard_drift_flag_ratio",
+            "Share of sampled texts that are flagged, over the false-positive rate of the policy's thresholds.",
+            "livemax",
+            self.registry,
+            ("domain",),
+        )
+        self._drift_firing = _gauge(
+            "sailguard_drift_firing_ratio",
+            "How often a domain's features are active in sampled texts, over how often in the bank's corpus.",
+            "livemax",
+            self.registry,
+            ("domain",),
+        )
+        self._drift_psi = _gauge(
+            "sailguard_drift_activation_psi",
+            "Population stability index of the strength of a domain's features, against the bank's corpus.",
+            "livemax",
+            self.registry,
+            ("domain",),
+        )
         self._reloads = Counter(
             "sailguard_reloads",
             "New versions of the bank or the policy, by whether they were taken into use.",
@@ -157,6 +193,10 @@ class Metrics:
         for on_error in _ON_ERROR:
             self._errors.labels(on_error=on_error)
             self._audit_errors.labels(on_error=on_error)
+        for why in _SPOOLED:
+            self._spool_items.labels(why=why)
+        for reason in _SPOOL_DROPS:
+            self._spool_dropped.labels(reason=reason)
         for reason in _REFUSALS:
             self._refused.labels(reason=reason)
         for what in _RELOADED:
@@ -245,6 +285,20 @@ class Metrics:
     def count_audit_error(self, on_error: str) -> None:
         """Count one entry that could not be written, under what the policy made of it: block, flag or allow."""
         self._audit_errors.labels(on_error=on_error).inc()
+
+    def count_spool_item(self, why: str) -> None:
+        """Count one item of the spool that is on the disk: `why` is sampled or verdict."""
+        self._spool_items.labels(why=why).inc()
+
+    def count_spool_drop(self, reason: str) -> None:
+        """Count one that was dropped: `reason` is full or error."""
+        self._spool_dropped.labels(reason=reason).inc()
+
+    def set_drift(self, domain: str, *, flag: float | None, firing: float | None, psi: float | None) -> None:
+        """Show how far a domain has moved from the bank's own texts; what is None is not known yet."""
+        for gauge, value in ((self._drift_flag, flag), (self._drift_firing, firing), (self._drift_psi, psi)):
+            if value is not None:
+                gauge.labels(domain=domain).set(value)
 
     def count_reload(self, what: str, result: str) -> None:
         """Count one new version of `what`, bank or policy, with its `result`, ok or refused."""

@@ -16,7 +16,7 @@ from feature_bank.layout import Role, content_ids
 from guard.canary import check_canary
 from guard.engines.decoding import Sampler
 from guard.engines.judging import Judging
-from guard.engines.requests import Guarded, Observer
+from guard.engines.requests import Guarded, Keeper, Observer
 from guard.errors import GuardError, UnsupportedGenerationError
 from guard.events import TextScore, Trace
 from guard.generation import Generation, GenerationOptions, Heard
@@ -111,12 +111,18 @@ class ServingGuard:
         steering_rules(self.guard.bank, items)
 
     def generate(
-        self, ids: Sequence[int], options: GenerationOptions, heard: Heard, observer: Observer | None = None
+        self,
+        ids: Sequence[int],
+        options: GenerationOptions,
+        heard: Heard,
+        observer: Observer | None = None,
+        keeper: Keeper | None = None,
     ) -> Generation:
         """Begin one answer to a prompt. A token's text is handed out only after the token has been judged.
 
         When a rule blocks, the last event carries the refusal text alone and `finish_reason="content_filter"`.
         observer: told of the prompt's tokens and of those whose text is shown, just before the event that shows it.
+        keeper: given what the guard saw of every judged token, whether its text is shown or not.
         Raises GuardError if the prompt leaves no room for an answer, or nothing takes it, PolicyError for steering that
         the bank does not hold.
         """
@@ -133,6 +139,7 @@ class ServingGuard:
             listener=generation,
             steer=steering_rules(self.guard.bank, options.steer),
             observer=generation.tokens,
+            keeper=keeper,
         )
         limit = max(1, min(options.max_new_tokens, room))
         self._shared.submit(generation.request_id, guarded, input_ids=list(ids), max_new_tokens=limit)
@@ -142,10 +149,15 @@ class ServingGuard:
         """End an answer now, in the middle; its place is free for another one."""
         self._shared.cancel(generation.request_id)
 
-    def score(self, texts: Sequence[str], roles: Sequence[Role]) -> list[TextScore]:
-        """Judge texts on their own, each in its role; answers under way wait meanwhile."""
+    def score(
+        self, texts: Sequence[str], roles: Sequence[Role], *, keep: Sequence[bool] | None = None
+    ) -> list[TextScore]:
+        """Judge texts on their own, each in its role; answers under way wait meanwhile.
+
+        keep: of which texts the results hold what was seen; with it, those of texts on which a rule fires do too.
+        """
         with self._shared.attached.engine.paused():
-            return self._scorer.score(texts, roles)
+            return self._scorer.score(texts, roles, keep=keep)
 
     def trace(self, text: str, role: Role = "prompt", *, top: int | None = TOP_FEATURES) -> Trace:
         """Judge one text and keep what every token showed: its `top` strongest features, or all that are active."""

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from feature_bank.layout import Rendered, Role, scored_positions
+from feature_bank.spool_acts import Acts
 from guard.events import SEVERITY, FeatureHit, Phase, TextScore, Trace, TraceToken
 from guard.judge import TOP_FEATURES, Floats, Judge, Judged, sigmoid
 from guard.token_texts import token_texts
 
 
 def score_text(
-    judge: Judge, rendered: Rendered, role: Role, feature_acts: Floats, special_ids: Collection[int]
+    judge: Judge,
+    rendered: Rendered,
+    role: Role,
+    feature_acts: Floats,
+    special_ids: Collection[int],
+    *,
+    keep: bool | None = None,
 ) -> TextScore:
     """The score of a text, of which every token has its activations (n, F).
 
+    keep: whether the score holds what was seen of the judged tokens: always, or where a rule fires; None for never.
     Raises GuardError if the activations are not numbers.
     """
-    return _score(judge, rendered, role, feature_acts, special_ids)[0]
+    score, _, kept = _score(judge, rendered, role, feature_acts, special_ids)
+    if keep is None or not (keep or score.verdicts):
+        return score
+    return replace(score, seen=_seen(feature_acts, kept))
 
 
 def trace_text(
@@ -45,7 +57,7 @@ def trace_text(
         feature_acts=feature_acts[kept[own]],
         top=top,
     )
-    return Trace(tokens=tokens, score=score)
+    return Trace(tokens=tokens, score=replace(score, seen=_seen(feature_acts, kept)))
 
 
 def trace_tokens(
@@ -94,6 +106,10 @@ def active_features(
     order = active[np.argsort(-acts[active], kind="stable")][:top].tolist()
     largest = (heads.clip(acts)[:, None] * heads.weight).max(1)
     return tuple(judge.hit(i, acts, largest) for i in order)
+
+
+def _seen(feature_acts: Floats, positions: npt.NDArray[np.int64]) -> Acts:
+    return Acts(np.zeros_like(positions), feature_acts[positions])  # one message, one segment
 
 
 def _score(

@@ -31,14 +31,20 @@ class TextScorer:
         self._special = frozenset[int](tokenizer.all_special_ids)
         self._context = int(model.config.max_position_embeddings)
 
-    def score(self, texts: Sequence[str], roles: Sequence[Role]) -> list[TextScore]:
-        """One result a text, in order. Text beyond the context is cut, and `truncated` says so."""
+    def score(
+        self, texts: Sequence[str], roles: Sequence[Role], *, keep: Sequence[bool] | None = None
+    ) -> list[TextScore]:
+        """One result a text, in order. Text beyond the context is cut, and `truncated` says so.
+
+        keep: of which texts the results hold what was seen; with it, those of texts on which a rule fires do too.
+        """
         rendered = [render(self._tokenizer, t, r, max_tokens=self._context) for t, r in zip(texts, roles, strict=True)]
         results: dict[int, TextScore] = {}
         for index, acts in self._encoded(rendered):
             if self._shown is not None:
                 self._shown.observe(acts)
-            results[index] = score_text(self._monitor, rendered[index], roles[index], acts, self._special)
+            kept = None if keep is None else keep[index]
+            results[index] = score_text(self._monitor, rendered[index], roles[index], acts, self._special, keep=kept)
         return [results[i] for i in range(len(texts))]
 
     def trace(self, text: str, role: Role, *, top: int | None = TOP_FEATURES) -> Trace:

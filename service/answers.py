@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from feature_bank.errors import SailguardError
 from service.errors import audit_failed
 from service.schemas import strongest
+from service.spool_answers import AnswerSpool
 
 if TYPE_CHECKING:
     from guard.events import SequenceReport, StreamEvent
@@ -65,6 +66,10 @@ class Answer:
     _heard: asyncio.Queue[tuple[int, StreamEvent | SailguardError]] = field(default_factory=asyncio.Queue)
     _open: dict[int, object] = field(default_factory=dict)
     _said: dict[int, str] = field(default_factory=dict)
+    _spooling: AnswerSpool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._spooling = AnswerSpool(self.engine, self.recorder.spool, self.choices)
 
     @property
     def action(self) -> str:
@@ -85,13 +90,14 @@ class Answer:
                 with contextlib.suppress(RuntimeError):  # a loop that is closed has no reader left
                     loop.call_soon_threadsafe(self._heard.put_nowait, (index, event))
 
-            self._open[index] = self.engine.generate(choice.ids, choice.options, heard)
+            self._open[index] = self.engine.generate(choice.ids, choice.options, heard, **self._spooling.keeper(index))
 
     def close(self) -> None:
         """End what is still under way. May be called more than once."""
         while self._open:
-            _, generation = self._open.popitem()
+            index, generation = self._open.popitem()
             self.engine.cancel(generation)  # type: ignore[arg-type]
+            self._spooling.broken_off(index, self._said.get(index, ""))
 
     async def items(self) -> AsyncIterator[Piece | Ended]:
         """What the choices say, as it comes. A verdict is on record before the text that follows it is told.
@@ -116,6 +122,7 @@ class Answer:
             report: SequenceReport = generation.report  # type: ignore[attr-defined]
             self.reports[index] = report
             blocked = event.finish_reason == "content_filter"
+            self._spooling.ended(index, report, self._said.get(index, ""))
             if event.text and not blocked:
                 yield Piece(index=index, text=event.text)
             yield Ended(
@@ -128,6 +135,7 @@ class Answer:
     async def _record(self, index: int, event: StreamEvent) -> bool:
         """Keep an event's verdicts: those on the prompt with it, those on the answer with what was said before."""
         kept = True
+        self._spooling.told(index, event.verdicts)
         for phase, text in (("prompt", self.choices[index].prompt), ("response", self._said.get(index, ""))):
             verdicts = [verdict for verdict in event.verdicts if verdict.phase == phase]
             kept = await self.recorder.record(self.engine, verdicts, choice=index, text=text) and kept

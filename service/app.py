@@ -29,6 +29,7 @@ from service.runner import Runner
 from service.services import Services
 from service.settings import Settings
 from service.slots import Slots
+from service.spool import open_spool
 from service.tracing import start_tracing
 from service.upstream import Upstream
 
@@ -57,7 +58,7 @@ def create_app(
     bank: where the engine's bank lies, if not where the settings say.
     `logger` is a structlog logger; without one, JSON lines go to standard error.
 
-    Raises `SettingsError` for keys, an audit file or limits that cannot be used.
+    Raises `SettingsError` for keys, an audit file or limits that cannot be used, `SpoolError` for a spool that cannot.
     """
     # At its debug level the library writes every chunk, and so the answer's text, to the log.
     logging.getLogger("sse_starlette.sse").setLevel(logging.INFO)
@@ -74,6 +75,7 @@ def create_app(
         slots=Slots(max_running=settings.max_concurrent, max_waiting=settings.max_queue, metrics=metrics),
         slot=slot,
         audit=_open_audit(settings, metrics, logger),
+        spool=open_spool(settings, metrics, logger),
         events=EventBus(),
         reloader=Reloader(slot, runner, settings, metrics, logger, bank=bank),
         tracing=start_tracing(settings, version()),
@@ -181,6 +183,7 @@ async def _shut_down(services: Services, loading: asyncio.Task[None] | None) -> 
         await services.runner.call(engine.close)
     services.runner.close()
     await asyncio.to_thread(services.audit.close)
+    await asyncio.to_thread(services.spool.close)
     await asyncio.to_thread(services.tracing.close)
 
 

@@ -23,6 +23,7 @@ from service.commands import (
     sae,
     score,
     serve,
+    spool,
     taxonomy,
     train,
 )
@@ -77,6 +78,7 @@ def build_app() -> typer.Typer:
     app.add_typer(taxonomy.build_app(), name="taxonomy")
     app.add_typer(keys.build_app(), name="keys")
     app.add_typer(audit.build_app(), name="audit")
+    app.add_typer(spool.build_app(), name="spool")
     app.command("export-onnx")(export_onnx.export_onnx)
     app.command(context_settings={"allow_extra_args": True})(serve.serve)
     return app

@@ -11,6 +11,7 @@ from service.errors import ApiError
 if TYPE_CHECKING:
     from feature_bank.bank import Bank
     from feature_bank.layout import Role
+    from guard.engines.requests import Keeper
     from guard.errors import GuardError
     from guard.events import SequenceReport, StreamEvent, TextScore, Trace, TraceToken
     from guard.metrics import Metrics
@@ -92,8 +93,13 @@ class ServedEngine(Protocol):
     def generates(self) -> bool:
         """Whether it answers chats, too: then it is an `AnsweringEngine`."""
 
-    def score(self, texts: Sequence[str], roles: Sequence[Role]) -> Sequence[TextScore]:
-        """Judge `texts`, each in its role; one result each, in order."""
+    def score(
+        self, texts: Sequence[str], roles: Sequence[Role], *, keep: Sequence[bool] | None = None
+    ) -> Sequence[TextScore]:
+        """Judge `texts`, each in its role; one result each, in order.
+
+        keep: of which texts the results hold what was seen; with it, those of texts on which a rule fires do too.
+        """
 
     def trace(self, text: str, role: Role, *, top: int | None = TOP_FEATURES) -> Trace:
         """Judge one text and keep what every token showed: its `top` strongest features, or all that are active."""
@@ -126,9 +132,17 @@ class AnsweringEngine(ServedEngine, Protocol):
         """Raise `ApiError` (400) for items of `GenerationOptions.steer` that this engine cannot steer by."""
 
     def generate(
-        self, ids: Sequence[int], options: GenerationOptions, heard: Heard, observer: Observer | None = None
+        self,
+        ids: Sequence[int],
+        options: GenerationOptions,
+        heard: Heard,
+        observer: Observer | None = None,
+        keeper: Keeper | None = None,
     ) -> Generation:
-        """Begin one answer; `heard` is told of its events on another thread, `observer` of the tokens they show."""
+        """Begin one answer; `heard` is told of its events on another thread, `observer` of the tokens they show.
+
+        keeper: given what the guard saw of every judged token.
+        """
 
     def cancel(self, generation: Generation) -> None:
         """End an answer; its place is free at once."""
@@ -226,9 +240,11 @@ class TransformersEngine:
         """Where the guard counts."""
         return self._serving.guard.metrics
 
-    def score(self, texts: Sequence[str], roles: Sequence[Role]) -> Sequence[TextScore]:
+    def score(
+        self, texts: Sequence[str], roles: Sequence[Role], *, keep: Sequence[bool] | None = None
+    ) -> Sequence[TextScore]:
         """Judge `texts`, each in its role."""
-        return self._serving.score(texts, roles)
+        return self._serving.score(texts, roles, keep=keep)
 
     def trace(self, text: str, role: Role, *, top: int | None = TOP_FEATURES) -> Trace:
         """Judge one text and keep what every token showed: its `top` strongest features, or all that are active."""
@@ -257,10 +273,15 @@ class TransformersEngine:
             raise ApiError(400, f"{error}.", param="steer", code="invalid_value") from error
 
     def generate(
-        self, ids: Sequence[int], options: GenerationOptions, heard: Heard, observer: Observer | None = None
+        self,
+        ids: Sequence[int],
+        options: GenerationOptions,
+        heard: Heard,
+        observer: Observer | None = None,
+        keeper: Keeper | None = None,
     ) -> Generation:
         """Begin one answer."""
-        return self._serving.generate(ids, options, heard, observer)
+        return self._serving.generate(ids, options, heard, observer, keeper)
 
     def cancel(self, generation: Generation) -> None:
         """End an answer."""

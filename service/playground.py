@@ -73,7 +73,9 @@ class TracedAnswer(Answer):
         """Begin every run. Raises `SailguardError` if the engine takes none."""
         for index, choice in enumerate(self.choices):
             relay = _Relay(index, self._relayed)
-            self._open[index] = self.engine.generate(choice.ids, choice.options, relay.heard, relay)
+            self._open[index] = self.engine.generate(
+                choice.ids, choice.options, relay.heard, relay, **self._spooling.keeper(index)
+            )
 
     async def told(self) -> AsyncIterator[Told | Ended]:
         """What there is to tell of the runs, as it comes.
@@ -102,5 +104,6 @@ class TracedAnswer(Answer):
             generation = self._open.pop(index)
             report: SequenceReport = generation.report  # type: ignore[attr-defined]
             self.reports[index] = report
+            self._spooling.ended(index, report, self._said.get(index, ""))
             text = event.text if blocked else ""
             yield Ended(index=index, text=text, finish_reason=event.finish_reason, report=report)

@@ -12,6 +12,7 @@ from service.schemas import guard_block, strongest
 
 if TYPE_CHECKING:
     from feature_bank.layout import Role
+    from feature_bank.spool_acts import Acts
     from guard.events import ActionName, Verdict
     from service.engine import ServedEngine
     from service.middleware import Record
@@ -43,12 +44,18 @@ class ResponseJudge(Protocol):
     def push(self, text: str, *, last: bool = False) -> Released:
         """Take more of the answer; `last`: it ends with it, and all of it is released or blocked."""
 
+    def report(self) -> SequenceReport:
+        """What has been found so far."""
+
+    def seen(self) -> Acts | None:
+        """What was seen of its tokens so far, if that is kept."""
+
 
 class JudgingEngine(Protocol):
     """What the proxy needs of an engine beside what every engine has."""
 
-    def open_response(self) -> ResponseJudge:
-        """A judge for one answer that comes piece by piece."""
+    def open_response(self, *, keep: bool = False) -> ResponseJudge:
+        """A judge for one answer that comes piece by piece; `keep`: with what it sees of it."""
 
 
 @dataclass(slots=True)
@@ -122,17 +129,20 @@ class Proxied:
         texts = [text for _, text in items]
         try:
             with self.services.tracing.span("judge", texts=len(texts)):
-                scores = await self.services.runner.judge(self.engine, texts, roles)
+                keep = self.recorder.spool.keep
+                scores = await self.services.runner.judge(self.engine, texts, roles, keep=keep)
         except ApiError:
             raise
         except Exception as error:  # noqa: BLE001 - the policy says what becomes of it
             self._on_error(error, [finding for finding, _ in items])
             return
-        for (finding, text), score in zip(items, scores, strict=True):
+        for (finding, text), role, score in zip(items, roles, scores, strict=True):
             finding.add(score.verdicts, score.scores)
             finding.tokens += score.tokens
             finding.truncated = finding.truncated or score.truncated
-            await self.keep(score.verdicts, choice=self._number(finding, choice), text=text)
+            number = self._number(finding, choice)
+            self.recorder.spool.text(self.engine, score, role, choice=number, text=text)
+            await self.keep(score.verdicts, choice=number, text=text)
 
     async def push(self, pushes: Sequence[tuple[int, Growing, str, bool]]) -> list[Released]:
         """Judge (choice, text, what came of it, whether it ends) in one turn of the model thread, in that order.
@@ -141,6 +151,7 @@ class Proxied:
         """
         engine: Any = self.engine
         judging: JudgingEngine = engine
+        kept: dict[str, Any] = {"keep": True} if self.recorder.spool.on else {}
 
         def work() -> list[Released | Exception | None]:
             results: list[Released | Exception | None] = []
@@ -154,7 +165,7 @@ class Proxied:
                 released: Released
                 try:
                     if not growing.opened:
-                        growing.judge, growing.opened = judging.open_response(), True
+                        growing.judge, growing.opened = judging.open_response(**kept), True
                     released = _Pass(text) if growing.judge is None else growing.judge.push(text, last=last)
                 except Exception as error:  # noqa: BLE001 - the policy says what becomes of it
                     growing.judge, growing.opened = None, True
@@ -162,6 +173,8 @@ class Proxied:
                     if self.engine.policy.on_error == "block":
                         ended.add(index)
                     continue
+                if kept and growing.judge is not None and (last or released.blocked):
+                    self._spool(index, growing)
                 growing.held = growing.held[len(released.text) :]
                 results.append(released)
                 if released.blocked:
@@ -216,6 +229,22 @@ class Proxied:
             response_scores=finding.scores,
             tokens_generated=finding.tokens,
             tokens_observed=finding.tokens,
+        )
+
+    def _spool(self, index: int, growing: Growing) -> None:
+        """Keep an answer that has ended, or was blocked, as it was seen. Called on the model thread."""
+        judge = growing.judge
+        assert judge is not None
+        report = judge.report()
+        self.recorder.spool.part(
+            self.engine,
+            "response",
+            judge.seen,
+            report.verdicts,
+            report.response_scores,
+            choice=index,
+            text="".join(growing.said),
+            streamed=True,
         )
 
     def _number(self, finding: Finding, otherwise: int) -> int:

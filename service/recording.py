@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.audit import entries_of
 from service.auth import principal_of
 from service.middleware import Record
+from service.spool import Spooled
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from service.audit import AuditLog
     from service.engine import ServedEngine
     from service.events import EventBus
+    from service.spool import Spooling
 
 __all__ = ["Recorder", "count_score"]
 
@@ -33,17 +35,21 @@ class Recorder:
     key_id: str | None
     endpoint: str
     """Short name, such as `chat`."""
+    spool: Spooled = field(default_factory=Spooled.off)
+    """Where what was judged is kept, as the guard saw it."""
 
     @classmethod
-    def of(cls, request: Request, *, audit: AuditLog, events: EventBus, endpoint: str) -> Recorder:
+    def of(cls, request: Request, *, audit: AuditLog, events: EventBus, spool: Spooling, endpoint: str) -> Recorder:
         """The recorder of `request`."""
         principal = principal_of(request)
+        request_id = Record.of(request).request_id
         return cls(
             audit=audit,
             events=events,
-            request_id=Record.of(request).request_id,
+            request_id=request_id,
             key_id=None if principal is None else principal.key_id,
             endpoint=endpoint,
+            spool=Spooled.of(spool, request_id, endpoint),
         )
 
     async def record(

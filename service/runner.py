@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.errors import not_ready, overloaded
 
@@ -41,6 +41,7 @@ class _Waiting:
     texts: Sequence[str]
     roles: Sequence[Role]
     done: asyncio.Future[None]
+    keep: bool | None
     scores: list[TextScore] = field(default_factory=list)
 
     @property
@@ -72,8 +73,12 @@ class Runner:
         """Run `function` on the model thread, after what it is doing."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
-    async def judge(self, engine: ServedEngine, texts: Sequence[str], roles: Sequence[Role]) -> list[TextScore]:
+    async def judge(
+        self, engine: ServedEngine, texts: Sequence[str], roles: Sequence[Role], *, keep: bool | None = None
+    ) -> list[TextScore]:
         """Judge `texts`, each in its role, together with those of other requests. A cancelled call leaves the queue.
+
+        keep: whether the scores hold what was seen: of all texts, or of those with a verdict; None for neither.
 
         Raises `ApiError` (429, with Retry-After) if the queue is full, or (503) after `close`, and whatever the engine
         raises.
@@ -86,7 +91,7 @@ class Runner:
             self._metrics.count_refusal("queue")
             raise overloaded(retry_after(self._typical_seconds * len(self._waiting)))
         loop = asyncio.get_running_loop()
-        mine = _Waiting(engine=engine, texts=texts, roles=roles, done=loop.create_future())
+        mine = _Waiting(engine=engine, texts=texts, roles=roles, done=loop.create_future(), keep=keep)
         self._waiting.append(mine)
         self._metrics.queued(1)
         if self._pump is None or self._pump.done():
@@ -144,12 +149,16 @@ class Runner:
         engine = batch[0][0].engine
         texts: list[str] = []
         roles: list[Role] = []
+        keep: list[bool] = []
         for request, count in batch:
             part = slice(len(request.scores), len(request.scores) + count)
             texts += request.texts[part]
             roles += request.roles[part]
+            keep += [bool(request.keep)] * count
+        # An engine that keeps nothing need not know of it.
+        kept: dict[str, Any] = {} if all(request.keep is None for request, _ in batch) else {"keep": keep}
         try:
-            scores = list(await self.call(lambda: engine.score(texts, roles)))
+            scores = list(await self.call(lambda: engine.score(texts, roles, **kept)))
             if len(scores) != len(texts):
                 raise RuntimeError(f"{len(texts)} texts were to be judged, {len(scores)} were")
         except Exception as error:  # noqa: BLE001 - it is raised in the request that it belongs to

@@ -86,6 +86,7 @@ class Abilities(_Shown):
     compare: bool
     review: bool
     audit: bool
+    mark: bool
     events: bool
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from service.runner import Runner
     from service.settings import Settings
     from service.slots import Slots
+    from service.spool import Spooling
     from service.tracing import Tracing
 
 __all__ = ["Services"]
@@ -34,6 +35,7 @@ class Services:
     slots: Slots
     slot: EngineSlot
     audit: AuditLog
+    spool: Spooling
     events: EventBus
     reloader: Reloader
     tracing: Tracing
@@ -60,4 +62,4 @@ class Services:
 
     def recorder(self, request: Request, endpoint: str) -> Recorder:
         """What keeps the verdicts on `request`; endpoint: its short name."""
-        return Recorder.of(request, audit=self.audit, events=self.events, endpoint=endpoint)
+        return Recorder.of(request, audit=self.audit, events=self.events, spool=self.spool, endpoint=endpoint)

@@ -87,6 +87,16 @@ class Settings(BaseSettings):
     """Whether the audit keeps the texts that were judged, too."""
     audit_days: int = Field(default=90, ge=0)
     """Days after which entries of the audit are removed; 0 keeps them."""
+    spool: Path | None = None
+    """SQLite file in which judged texts are kept as the guard saw them, for a refit; none keeps none."""
+    spool_share: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of the requests that are kept whatever comes of them; what has a verdict is kept in any case."""
+    spool_text: bool = False
+    """Whether the texts themselves are kept, too."""
+    spool_days: int = Field(default=90, ge=0)
+    """Days after which items of the spool are removed, with their marks; 0 keeps them."""
+    spool_max_bytes: int = Field(default=1024**3, ge=0)
+    """Bytes from which on the oldest items that nobody has marked are removed; 0 means no limit."""
     watch_seconds: float = Field(default=2.0, ge=0.0)
     """How often the bank's and the policy's files are looked at for a new version; 0 means never."""
     metrics_features: str = ""

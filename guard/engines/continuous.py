@@ -20,7 +20,7 @@ from torch import Tensor
 
 from guard.engines.batch_manager import Share, Tap, cached_manager, cut, end_next, open_manager, read_shares
 from guard.engines.judging import FORBIDDEN, Judging
-from guard.engines.observing import show_prompt, show_token
+from guard.engines.observing import keep_prompt, keep_token, show_prompt, show_token
 from guard.engines.parts import Part, steer_parts
 from guard.engines.requests import Guarded, Request
 from guard.errors import GuardError, UnsupportedGenerationError
@@ -355,6 +355,8 @@ class ContinuousBatching:
                 self._act(request, judging.judge_prompt(request.begin(), 0, request.prompt, whole))
                 if request.observer is not None:
                     self._to_show.append(partial(show_prompt, request, whole))
+                if request.keeper is not None:
+                    self._to_show.append(partial(keep_prompt, request, whole))
         if answering:
             monitor = judging.monitor
             rows = torch.tensor([row for _, row, _ in answering], device=monitor.device)
@@ -364,6 +366,8 @@ class ContinuousBatching:
                 self._act(request, verdicts)
                 if request.observer is not None:
                     self._to_show.append(partial(show_token, request, token, observed=True))
+                if request.keeper is not None:
+                    self._to_show.append(partial(keep_token, request))
 
     def _act(self, request: Request, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:

@@ -1,7 +1,7 @@
-"""What a request's observer is told: of every token, what the guard itself has judged it by.
+"""What a request's observer and keeper are told: of every token, what the guard itself has judged it by.
 
-An observer has no say in what is answered, so an error of its own, or in what is made for it, does not stop the answer:
-it is logged, and the observer is told no more.
+Neither has a say in what is answered: an error of its own, or in what is made for it, does not stop the answer, it is
+logged, and whoever failed is told no more.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -63,10 +64,29 @@ def show_token(request: Request, token_id: int, *, observed: bool) -> None:
         )
 
 
+def keep_prompt(request: Request, hidden: Mapping[str, Float[Tensor, "n d_in"]]) -> None:
+    """Give the keeper a prompt that has been judged whole by these activations."""
+    with _let_go_on_error(request, "keeper"):
+        assert request.keeper is not None
+        judging, monitor = request.judging, request.judging.monitor
+        observed, segment = judging.place(request.prompt)
+        positions = observed.nonzero().flatten()
+        acts = on_host(monitor.encoder.encode({name: x[positions] for name, x in hidden.items()}))
+        request.keeper.prompt(on_host(segment), acts)
+
+
+def keep_token(request: Request) -> None:
+    """Give the keeper the token of the answer that was judged last."""
+    with _let_go_on_error(request, "keeper"):
+        assert request.keeper is not None
+        state = request.begin()
+        request.keeper.token(on_host(state.recent[0, (int(state.count[0]) - 1) % state.recent.shape[1]]))
+
+
 @contextmanager
-def _let_go_on_error(request: Request) -> Iterator[None]:
+def _let_go_on_error(request: Request, who: Literal["observer", "keeper"] = "observer") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever it is, the guard has done its work
-        request.observer = None
+        setattr(request, who, None)
         logger.error("a request is observed no further: %s", type(error).__name__, exc_info=error)

@@ -137,15 +137,21 @@ class OnnxEngine:
         """Most tokens that the model takes at once; longer texts are read in windows."""
         return self._model.sidecar.context_length
 
-    def score(self, texts: Sequence[str], roles: Sequence[Role]) -> list[TextScore]:
-        """Judge texts, each in its role; one result each, in order."""
+    def score(
+        self, texts: Sequence[str], roles: Sequence[Role], *, keep: Sequence[bool] | None = None
+    ) -> list[TextScore]:
+        """Judge texts, each in its role; one result each, in order.
+
+        keep: of which texts the results hold what was seen; with it, those of texts on which a rule fires do too.
+        """
         rendered = [self._model.rendered(t, r, self._max_tokens) for t, r in zip(texts, roles, strict=True)]
         acts = self._model.activations(rendered)
         for part in acts:
             self._shown.observe(part)
+        wanted = [None] * len(texts) if keep is None else keep
         return [
-            score_text(self._judge, each, role, part, self._special)
-            for each, role, part in zip(rendered, roles, acts, strict=True)
+            score_text(self._judge, each, role, part, self._special, keep=kept)
+            for each, role, part, kept in zip(rendered, roles, acts, wanted, strict=True)
         ]
 
     def trace(self, text: str, role: Role, *, top: int | None = TOP_FEATURES) -> Trace:
@@ -154,10 +160,13 @@ class OnnxEngine:
         (acts,) = self._model.activations([rendered])
         return trace_text(self._judge, rendered, role, acts, self._special, self._model.tokenizer.decode, top)
 
-    def open_response(self, *, request_id: str = "", step_tokens: int = STEP_TOKENS) -> ResponseJudge:
+    def open_response(
+        self, *, request_id: str = "", step_tokens: int = STEP_TOKENS, keep: bool = False
+    ) -> ResponseJudge:
         """A judge for one answer that comes as text, piece by piece.
 
         step_tokens: how many new tokens wait for each other; reading costs a pass over their left context.
+        keep: whether what is seen of its tokens is kept, for `ResponseJudge.seen`.
         """
         return ResponseJudge(
             self._judge,
@@ -166,6 +175,7 @@ class OnnxEngine:
             self._model.read_stream,
             request_id=request_id,
             step_tokens=step_tokens,
+            keep=keep,
         )
 
     def push_all(self, pushes: Sequence[tuple[ResponseJudge, str, bool]]) -> list[Released]:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from feature_bank.layout import clean
+from feature_bank.spool_acts import Acts
 from guard.engines.onnx_tokens import FileTokenizer
 from guard.engines.onnx_windows import Passage
 from guard.errors import GuardError
 from guard.events import SequenceReport, Verdict
 from guard.judge import Floats
 from guard.reports import make_report
+from guard.seen_tokens import SeenTokens
 from guard.stream_judge import StreamJudge
 
 _WORD_START = re.compile(r"(?<=\S) (?=\S)")
@@ -53,8 +55,10 @@ class ResponseJudge:
         *,
         request_id: str,
         step_tokens: int,
+        keep: bool = False,
     ) -> None:
         self._judge = judge
+        self._seen = SeenTokens() if keep else None
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
         self._head = list(head)
@@ -83,6 +87,10 @@ class ResponseJudge:
         self._state.generated[0] = self._state.observed[0]
         return make_report(self._judge, self._state, 0)
 
+    def seen(self) -> Acts | None:
+        """What was seen of its tokens, up to the one that decided; None unless that is kept."""
+        return None if self._seen is None else self._seen.response()
+
     def feed(self, text: str, last: bool) -> Passage | None:
         """Take text in; returns what is to be read now. The steps of a push, for those who read several at once."""
         if self._ended and not self._state.blocked[0]:
@@ -107,6 +115,8 @@ class ResponseJudge:
         judge, state, first = self._judge, self._state, self._judged
         for number, token in enumerate(self._ids[first:], len(acts) - (len(self._ids) - first)):
             if token not in self._special:
+                if self._seen is not None:
+                    self._seen.token(acts[number])
                 fired += [verdict for _, verdict in judge.observe_step(state, acts[number : number + 1])]
                 if state.blocked[0]:
                     break

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +16,7 @@ from guard.engines.decoding import Sampler
 from guard.engines.judging import Judging
 from guard.errors import GuardError, UnsupportedGenerationError
 from guard.events import SequenceReport, TraceToken, Verdict
+from guard.judge import Floats
 from guard.rules import BoundRule
 from guard.state import BatchState
 from guard.steering import Steering
@@ -40,6 +43,17 @@ class Observer(Protocol):
         """The next token of the answer. Its text is left empty, and its index counts the tokens that are judged."""
 
 
+class Keeper(Protocol):
+    """Who is given the activations of one request's judged tokens, shown or not: cheaper than an `Observer`, which is
+    told what they mean. Called while the model waits; one that raises is not called again."""
+
+    def prompt(self, segments: npt.NDArray[np.int64], acts: Floats) -> None:
+        """The segments (k,) and activations (k, F) of the prompt's judged tokens."""
+
+    def token(self, acts: Floats) -> None:
+        """The activations (F,) of the answer's next judged token; they are only lent."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guarded:
     """How one request is guarded and whom it answers to."""
@@ -51,6 +65,7 @@ class Guarded:
     steer: tuple[BoundRule, ...] = ()
     """What steers it from the token on that chooses the first of its answer; rules that fire come on top."""
     observer: Observer | None = None
+    keeper: Keeper | None = None
 
 
 class Request:
@@ -77,6 +92,7 @@ class Request:
         self.sampler = guarded.sampler
         self.listener = guarded.listener
         self.observer = guarded.observer
+        self.keeper = guarded.keeper
         self.number = number
         """Its place among the requests, in the order in which they were added."""
         self.prompt = list(prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -14,11 +14,12 @@ from service.commands.options import JsonOption
 from service.commands.terminal import output_console, plain, print_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from feature_bank.difference import BankDifference, Change
 
-__all__ = ["diff"]
+__all__ = ["diff", "write_difference"]
 
 _WEIGHTS_SHOWN = 10
 
@@ -46,8 +47,15 @@ def diff(
         raise typer.Exit(1)
 
 
-def _print(found: BankDifference) -> None:
-    console = output_console()
+def write_difference(found: BankDifference, file: TextIO) -> None:
+    """What `bank diff` prints, into a file."""
+    from rich.console import Console
+
+    _print(found, Console(file=file, width=160, no_color=True))
+
+
+def _print(found: BankDifference, console: Console | None = None) -> None:
+    console = output_console() if console is None else console
     console.print(f"{found.before} -> {found.after}", markup=False, soft_wrap=True)
     empty = True
     for title, table in _tables(found):

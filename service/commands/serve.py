@@ -65,6 +65,13 @@ def serve(
     audit: Annotated[
         Path | None, typer.Option("--audit", metavar="FILE", help="Keep verdicts in this SQLite file.")
     ] = None,
+    spool: Annotated[
+        Path | None,
+        typer.Option("--spool", metavar="FILE", help="Keep a sample of what is judged here, as the guard saw it."),
+    ] = None,
+    spool_text: Annotated[
+        bool | None, typer.Option("--spool-text/--no-spool-text", help="Keep the texts themselves in the spool, too.")
+    ] = None,
 ) -> None:
     """Serve over HTTP: OpenAI's chat and moderation endpoints under the guard, and Prometheus metrics.
 
@@ -86,6 +93,8 @@ def serve(
         "upstream": upstream,
         "workers": workers,
         "audit": audit,
+        "spool": spool,
+        "spool_text": spool_text,
     }
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     if engine is None:

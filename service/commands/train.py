@@ -14,6 +14,7 @@ from service.commands.explain import explain
 from service.commands.harvest import harvest
 from service.commands.options import JsonOption, ModelOption
 from service.commands.refit import refit
+from service.commands.refresh import refresh
 from service.commands.select import select
 from service.commands.stages import StageReport
 from service.commands.terminal import output_console, plain, print_json
@@ -55,6 +56,7 @@ def build_app() -> typer.Typer:
     app.command(BANK)(train_bank)
     app.command()(saes)
     app.command()(refit)
+    app.command()(refresh)
     app.command()(harvest)
     app.command()(select)
     app.command()(explain)

@@ -18,6 +18,7 @@ from service.routes import (
     page,
     playground,
     reviews,
+    spool,
     stats,
     traces,
 )
@@ -42,6 +43,7 @@ def routers(*, generates: bool, proxy: bool) -> list[APIRouter]:
         admin.router,
         reviews.router,
         audit.router,
+        spool.router,
         page.make_router(),
     ]
     if proxy:

@@ -72,6 +72,7 @@ def _abilities(request: Request, principal: Principal | None, services: Services
         compare=privileged(request),
         review=admin and _writable(services.reloader.files.bank),
         audit=admin and services.settings.audit is not None,
+        mark=admin and services.settings.spool is not None,
         events=may("GET", "/v1/events"),
     )
 

@@ -30,13 +30,15 @@ async def create_moderation(body: ModerationRequest, request: Request) -> Respon
     engine = services.engine()
     if body.model is not None and body.model not in (engine.model_id, MODEL_ALIAS):
         raise model_not_found(body.model)
+    recorder = services.recorder(request, "moderations")
     deadline = Deadline(services.settings.request_timeout, services.metrics)
     async with attended(request), deadline.kept():
         with services.tracing.span("judge", texts=len(body.input)):
-            scores = await services.runner.judge(engine, body.input, [body.role] * len(body.input))
-    recorder = services.recorder(request, "moderations")
+            roles = [body.role] * len(body.input)
+            scores = await services.runner.judge(engine, body.input, roles, keep=recorder.spool.keep)
     for number, (text, score) in enumerate(zip(body.input, scores, strict=True)):
         count_score(services.metrics, score, body.role)
+        recorder.spool.text(engine, score, body.role, choice=number, text=text)
         if not await recorder.record(engine, score.verdicts, choice=number, text=text):
             raise audit_failed()
     action = strongest([score.action for score in scores])

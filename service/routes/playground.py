@@ -94,7 +94,9 @@ async def _judge(
     async with attended(request), deadline.kept(), services.slots.take():
         trace = await services.runner.call(lambda: engine.trace(text, body.role, top=None))
     count_score(services.metrics, trace.score, body.role)
-    if not await services.recorder(request, "playground").record(engine, trace.score.verdicts, text=text):
+    recorder = services.recorder(request, "playground")
+    recorder.spool.text(engine, trace.score, body.role, choice=0, text=text)
+    if not await recorder.record(engine, trace.score.verdicts, text=text):
         raise audit_failed()
     record.action = trace.score.action
     phase: Phase = "response" if body.role == "response" else "prompt"

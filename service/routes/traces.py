@@ -113,6 +113,7 @@ async def create_trace(body: TraceRequest, request: Request) -> Response:
     async with attended(request), deadline.kept(), services.slots.take():
         trace = await services.runner.call(lambda: engine.trace(body.input, body.role))
     recorder = services.recorder(request, "traces")
+    recorder.spool.text(engine, trace.score, body.role, choice=0, text=body.input)
     if not await recorder.record(engine, trace.score.verdicts, text=body.input):
         raise audit_failed()
     Record.of(request).action = trace.score.action

@@ -60,6 +60,9 @@ def exercise(metrics: Metrics) -> None:
     metrics.count_audit_entry()
     metrics.count_audit_error("block")
     metrics.count_reload("bank", "refused")
+    metrics.count_spool_item("sampled")
+    metrics.count_spool_drop("full")
+    metrics.set_drift("violence", flag=1.0, firing=1.1, psi=0.02)
 
 
 def test_page_parses_and_holds_every_series(metrics: Metrics) -> None:
@@ -76,6 +79,11 @@ def test_page_parses_and_holds_every_series(metrics: Metrics) -> None:
         "sailguard_tokens_generated_total": set(),
         "sailguard_errors_total": {"on_error"},
         "sailguard_bank_info": {"name", "version", "model", "content_hash"},
+        "sailguard_spool_items_total": {"why"},
+        "sailguard_spool_dropped_total": {"reason"},
+        "sailguard_drift_flag_ratio": {"domain"},
+        "sailguard_drift_firing_ratio": {"domain"},
+        "sailguard_drift_activation_psi": {"domain"},
         "sailguard_policy_info": {"name", "version", "on_error"},
         "sailguard_queue_depth": set(),
         "sailguard_request_seconds_bucket": {"endpoint", "status", "le"},

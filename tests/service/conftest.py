@@ -25,6 +25,7 @@ from fastapi.testclient import TestClient
 from feature_bank.bank import Bank, Rows, save_bank, shipped_bank_path
 from feature_bank.identity import identify
 from feature_bank.schema import Calibration, Evidence, FeatureRecord, HeadRecord, Heads, Pooling
+from feature_bank.spool_acts import Acts
 from guard.errors import GuardError
 from guard.events import FeatureHit, SequenceReport, StreamEvent, TextScore, Trace, TraceToken, Verdict
 from guard.metrics import Metrics
@@ -156,6 +157,8 @@ class FakeGeneration:
         self.report: SequenceReport | None = None
         self.cancelled = threading.Event()
         self.prompted = False
+        self.kept = False
+        self.over = False
 
 
 class FakeEngine:
@@ -239,7 +242,7 @@ class FakeEngine:
         return ids
 
     def generate(
-        self, ids: Sequence[int], options: Any, heard: Callable[[Any], None], observer: Any = None
+        self, ids: Sequence[int], options: Any, heard: Callable[[Any], None], observer: Any = None, keeper: Any = None
     ) -> FakeGeneration:
         self.calls.append({name: getattr(options, name) for name in options.__dataclass_fields__})
         generation = FakeGeneration()
@@ -251,6 +254,8 @@ class FakeEngine:
                 for event in self._events(words, options.max_new_tokens, generation):
                     if generation.cancelled.is_set():
                         return
+                    if keeper is not None:
+                        self._keep(keeper, ids, event, generation)
                     if observer is not None:
                         self._observe(observer, ids, event, generation)
                     heard(event)
@@ -261,6 +266,21 @@ class FakeEngine:
 
         threading.Thread(target=speak, name="fake-generation", daemon=True).start()
         return generation
+
+    def _keep(self, keeper: Any, ids: Sequence[int], event: StreamEvent, generation: FakeGeneration) -> None:
+        """Give the prompt with the first event, and each token, the blocked one included; special tokens are none."""
+        if not generation.kept:
+            generation.kept = True
+            keeper.prompt(np.zeros(len(ids), dtype=np.int64), self.acts(len(ids)))
+        if not generation.over and (event.token_id is not None or event.verdicts):
+            keeper.token(self.acts(1)[0])
+        generation.over = generation.over or event.finish_reason is not None
+
+    def acts(self, tokens: int) -> Any:
+        """Activations (T, F), always the same for the same number of tokens."""
+        rng = np.random.default_rng(tokens)
+        found = rng.random((tokens, len(self.bank.features)), dtype=np.float32)
+        return np.where(found > 0.9, found, 0.0).astype(np.float32)
 
     def _observe(self, observer: Any, ids: Sequence[int], event: StreamEvent, generation: FakeGeneration) -> None:
         """Tell of the prompt with the first event, and of every token with its text."""
@@ -284,7 +304,7 @@ class FakeEngine:
             tokens = [self._token(index, word, 0.01) for index, word in enumerate(words)]
             if top is not None:
                 tokens = [replace(token, features=self.verdict().features[:top]) for token in tokens]
-            return Trace(tokens=tuple(tokens), score=self._score(text))
+            return Trace(tokens=tuple(tokens), score=replace(self._score(text), seen=self._seen(text)))
 
     def _token(self, index: int, text: str, score: float, segment: int | None = None) -> TraceToken:
         """A token on which a few features of the bank are active, always the same for the same text."""
@@ -350,10 +370,17 @@ class FakeEngine:
             tokens_observed=tokens,
         )
 
-    def score(self, texts: Sequence[str], roles: Sequence[str]) -> list[TextScore]:
+    def score(
+        self, texts: Sequence[str], roles: Sequence[str], *, keep: Sequence[bool] | None = None
+    ) -> list[TextScore]:
         with self._alone():
             self.batches.append(list(texts))
-            return [self._score(text) for text in texts]
+            wanted = [None] * len(texts) if keep is None else keep
+            scores = [self._score(text) for text in texts]
+            return [
+                replace(score, seen=self._seen(text)) if kept or (kept is not None and score.verdicts) else score
+                for text, score, kept in zip(texts, scores, wanted, strict=True)
+            ]
 
     def _score(self, text: str) -> TextScore:
         text.encode()  # a lone surrogate would raise here
@@ -368,6 +395,10 @@ class FakeEngine:
             tokens=len(text.split()),
             truncated=False,
         )
+
+    def _seen(self, text: str) -> Acts:
+        tokens = len(text.split())
+        return Acts(np.zeros(tokens, dtype=np.int64), self.acts(tokens))
 
 
 class ServerThread:

@@ -21,7 +21,7 @@ from tests.service.file_engine import FileEngine, policy_text
 from tests.service.test_auth import line
 
 KEYS = {"client": "key-of-a-client", "reader": "key-of-a-reader", "admin": "key-of-an-admin"}
-ALL = ("generate", "trace", "steer", "compare", "review", "audit", "events")
+ALL = ("generate", "trace", "steer", "compare", "review", "audit", "mark", "events")
 
 
 @pytest.fixture
@@ -101,7 +101,8 @@ def test_without_keys_all_is_open_but_what_needs_an_administrator(make_app: Call
 
 
 def test_each_role_is_told_what_it_may_do(make_app: Callable[..., Any], keys: Path, tmp_path: Path, bank: Path) -> None:
-    app = make_app(api_keys_file=keys, audit=tmp_path / "audit.db", audit_text=True, bank=bank)
+    files = {"audit": tmp_path / "audit.db", "spool": tmp_path / "spool.db"}
+    app = make_app(api_keys_file=keys, **files, audit_text=True, bank=bank)
     with TestClient(app) as client:
         found = {role: about(client, role) for role in KEYS}
     assert can(found["admin"]) == set(ALL)
@@ -120,10 +121,13 @@ def test_what_it_says_is_what_the_server_does(
         "compare": ("POST", "/v1/compare", {"texts": ["a bird"]}),
         "review": ("POST", "/admin/reviews", {"feature": "L1/1", "verdict": "accept", "reviewer": "Ada"}),
         "audit": ("GET", "/admin/audit", None),
+        "mark": ("GET", "/admin/spool", None),
     }
     engine = FileEngine.start(bank, None, Metrics())
     for audit in (None, tmp_path / "audit.db"):
-        with TestClient(make_app(engine, api_keys_file=keys, audit=audit, bank=bank)) as client:
+        with TestClient(
+            make_app(engine, api_keys_file=keys, audit=audit, spool=audit and tmp_path / "spool.db", bank=bank)
+        ) as client:
             for role, key in KEYS.items():
                 found = about(client, role)
                 for name, (method, path, body) in asked.items():

@@ -262,6 +262,8 @@ def test_what_is_shown_has_the_documented_shapes(client: TestClient) -> None:
         ("POST", "/admin/reviews", {}, 403),
         ("GET", "/admin/audit", None, 403),
         ("GET", "/admin/audit/history", None, 403),
+        ("GET", "/admin/spool", None, 403),
+        ("POST", "/admin/spool/1/marks", {}, 403),
         ("GET", "/ui/nothing.js", None, 404),
         ("GET", "/nowhere", None, 404),
         ("PUT", "/v1/models", None, 405),

@@ -4,6 +4,7 @@ import { get } from "./api.js";
 import { about } from "./app.js";
 import { shareBar } from "./charts.js";
 import { button, el, unique } from "./dom.js";
+import { markBar } from "./event_marks.js";
 import { fixed, hue, moment } from "./format.js";
 
 const HANDOVER = "sailguard-handover";
@@ -36,7 +37,7 @@ export function eventDetail(event) {
     el("div", { class: "event-foot" },
       el("dl", { class: "facts" }, facts.filter(([, value]) => value !== null && value !== undefined && value !== "")
         .map(([label, value, kind = ""]) => [el("dt", { text: label }), el("dd", {}, el("bdi", { class: kind, text: value }))])),
-      traceOpener(event)));
+      el("div", { class: "event-acts" }, traceOpener(event), markBar(event))));
 }
 
 function traceOpener(event) {

@@ -1,0 +1,109 @@
+"""`train refresh`: the next version of a bank from what people marked in its traffic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from feature_bank.errors import DataError
+from service.commands.options import ModelOption
+from service.commands.stages import StageReport
+from service.commands.terminal import error_console, output_console
+from service.commands.train_inputs import existing
+
+if TYPE_CHECKING:
+    from training.refresh import Refreshed
+
+__all__ = ["refresh"]
+
+DIFF = "difference.txt"
+
+
+def refresh(
+    bank: Annotated[Path, typer.Argument(metavar="BANK", help="The bank, or a folder of versions: the current one.")],
+    spool: Annotated[Path, typer.Option("--spool", metavar="FILE", help="The spool with marked items.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Where the candidate and what was found of it are written.")
+    ],
+    store: Annotated[
+        Path | None, typer.Option("--store", metavar="DIR", help="The folder of versions that --promote puts it into.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="FILE", help="Further text that holds the heads to what they are."),
+    ] = None,
+    dev: Annotated[
+        list[Path] | None, typer.Option("--dev", metavar="FILE", help="Labelled text that is only measured on.")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option("--margin", min=0.0, max=1.0, help="How far AUROC or true-positive rate may fall.")
+    ] = 0.01,
+    promote: Annotated[bool, typer.Option("--promote", help="Make it the current version if nothing fell.")] = False,
+    model: ModelOption = None,
+) -> None:
+    """Fit a bank's heads again on marked traffic, held to what they are, and compare the two versions.
+
+    The features stay; rejected ones weigh nothing. Exit code 1 if the candidate is worse than the bank on text that was
+    never fitted on, or marked texts are not mended: it lies in OUT then, and is not promoted.
+    """
+    files, measured = existing(data or []), existing(dev or [])
+    if promote and store is None:
+        raise DataError("--promote puts the candidate into a folder of versions; name it with --store")
+
+    from guard.models import load_model
+    from training.refresh import refresh_bank
+
+    loaded = load_model(model)
+    with StageReport() as report:
+        found = refresh_bank(
+            bank,
+            spool=spool,
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            out=out,
+            report=report,
+            data=files,
+            dev=measured,
+            store=store,
+            margin=margin,
+        )
+    _write_difference(found, out / DIFF)
+    console = output_console()
+    console.print(f"{found.bank.version} in {found.folder}", markup=False, soft_wrap=True)
+    _print_marks(found)
+    if found.problems:
+        error_console().print("not promoted; the bank is kept as a candidate:", markup=False, soft_wrap=True)
+        for problem in found.problems:
+            error_console().print(f"  {problem}", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
+    if promote:
+        from feature_bank.versions import VersionStore
+
+        assert store is not None
+        switch = VersionStore(store).promote(found.folder)
+        console.print(f"{switch.version} is the current version of {store}", markup=False, soft_wrap=True)
+    else:
+        line = f"nothing fell; promote it with: sailguard bank promote {found.folder} --store {store or 'DIR'}"
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_marks(found: Refreshed) -> None:
+    console = output_console()
+    for domain, measured in found.report["fresh"].items():
+        for name, sides in measured["marks"].items():
+            for side, counts in sides.items():
+                if counts["marked"]:
+                    what = f"{domain}, marked {name.replace('_', ' ')}, {side.replace('_', ' ')}"
+                    right = f"right {counts['right_before']} -> {counts['right_after']} of {counts['marked']}"
+                    console.print(f"{what}: {right}", markup=False, soft_wrap=True)
+
+
+def _write_difference(found: Refreshed, path: Path) -> None:
+    from feature_bank.atomic import atomic_file
+    from feature_bank.difference import compare_banks
+    from service.commands.difference import write_difference
+
+    with atomic_file(path) as tmp, tmp.open("w", encoding="utf-8") as file:
+        write_difference(compare_banks(found.before, found.bank), file)

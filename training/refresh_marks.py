@@ -1,0 +1,125 @@
+"""What a spool holds for a refresh: items that people marked, and items that nobody did, as their features saw them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from feature_bank.errors import DataError
+from feature_bank.spool import Selection, Spool, SpoolItem
+from training.calibration import BoolArray
+from training.refresh_texts import Ints, Texts, join_texts
+
+__all__ = ["Items", "read_items"]
+
+UNMARKED = 2000  # the newest items that nobody marked: enough to tell a changed decision in a thousand
+HELD_OUT = 5  # one marked item of so many is never fitted on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """Items of a spool, in order."""
+
+    texts: Texts
+    ids: tuple[int, ...]
+    streamed: BoolArray
+    """Which were judged token by token."""
+    held_out: BoolArray
+    labels: tuple[Mapping[str, bool], ...]
+    """What people said of each, by domain; of one that nobody marked nothing."""
+    flagged: tuple[frozenset[str], ...]
+    """The domains in which each was flagged when it was served."""
+    skipped: Mapping[str, int]
+    """Items that could not be used, by the reason."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, domain: str, *, streaming: bool | None = None, held_out: bool | None = None) -> Ints:
+        """The places of the items that are marked in a domain, of a form and a side if that is given."""
+        found = [
+            place
+            for place, labels in enumerate(self.labels)
+            if domain in labels
+            and streaming in (None, bool(self.streamed[place]))
+            and held_out in (None, bool(self.held_out[place]))
+        ]
+        return np.array(found, dtype=np.int64)
+
+    def truth(self, domain: str, places: Ints) -> BoolArray:
+        """What people said of the items at `places`."""
+        return np.array([self.labels[place][domain] for place in places.tolist()], dtype=np.bool_)
+
+    def mistaken(self, domain: str, places: Ints) -> BoolArray:
+        """At which of the places people said something else than the guard did."""
+        said = (self.labels[p][domain] != (domain in self.flagged[p]) for p in places.tolist())
+        return np.fromiter(said, dtype=np.bool_, count=len(places))
+
+
+def read_items(
+    path: Path, *, features: int, hashes: Collection[str], domains: Collection[str], marked: bool, most: int = UNMARKED
+) -> Items:
+    """The marked items of a spool, or the newest unmarked ones.
+
+    features: how many the bank has. hashes: content hashes of the banks whose features are the same as the bank's;
+    items of others cannot be read with it and are counted. domains: those that the bank has a head for.
+
+    Raises DataError for a file that is no spool, or a damaged item.
+    """
+    skipped: Counter[str] = Counter()
+    parts, ids, streamed, held, labels, flagged = [], [], [], [], [], []
+    with Spool.open_for_reading(path) as spool:
+        for item, said in _items(spool, marked, most):
+            known = {domain: label for domain, label in said.items() if domain in domains}
+            if item.content_hash not in hashes:
+                skipped["judged with a bank of other features"] += 1
+            elif marked and not known:
+                skipped["marked in a domain that the bank has no head for"] += 1
+            elif not item.tokens:
+                skipped["without a judged token"] += 1
+            else:
+                parts.append(_texts(item, features, path))
+                ids.append(int(item.id or 0))
+                streamed.append(item.streamed)
+                held.append(_held_out(item))
+                labels.append(known)
+                flagged.append(frozenset(item.flagged))
+    return Items(
+        texts=join_texts(parts, features),
+        ids=tuple(ids),
+        streamed=np.array(streamed, dtype=np.bool_),
+        held_out=np.array(held, dtype=np.bool_),
+        labels=tuple(labels),
+        flagged=tuple(flagged),
+        skipped=dict(skipped),
+    )
+
+
+def _items(spool: Spool, marked: bool, most: int) -> Iterable[tuple[SpoolItem, Mapping[str, bool]]]:
+    if marked:
+        yield from spool.marked()
+        return
+    for found in reversed(spool.newest(Selection(marked=False), limit=most)):
+        item = None if found.id is None else spool.item(found.id)
+        if item is not None:  # it may have been removed meanwhile
+            yield item, {}
+
+
+def _texts(item: SpoolItem, features: int, path: Path) -> Texts:
+    segments, acts = item.activations()
+    if acts.shape[1] != features:
+        raise DataError(f"{path}, item {item.id}: {acts.shape[1]} features, but the bank that it names has {features}")
+    numbers = np.unique(segments, return_inverse=True)[1].astype(np.int64)
+    place = np.zeros(len(segments), dtype=np.int64)
+    return Texts(acts=sparse.csr_matrix(acts), text=place, segment=numbers, n=1)
+
+
+def _held_out(item: SpoolItem) -> bool:
+    """By the hash of what was seen, so that a text that comes twice is on one side."""
+    return int(hashlib.sha256(item.acts or b"").hexdigest()[:8], 16) % HELD_OUT == 0
