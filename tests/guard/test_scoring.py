@@ -144,3 +144,24 @@ def test_model_that_breaks_is_an_error_never_a_benign_score(attach: Attach, tiny
         tiny_model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
     with pytest.raises(GuardError, match="NaN"):
         guard.score(["hello"])
+
+
+def test_what_was_seen_is_handed_out_where_it_is_asked_for(attach: Attach) -> None:
+    from guard.text_scoring import TextScorer
+
+    guard = attach(make_policy(*FLAG_ALL), **VARIED)
+    scorer = TextScorer(guard.monitor, guard.model, guard.tokenizer)
+    roles: list[Any] = ["prompt"] * len(TEXTS)
+    plain = scorer.score(TEXTS, roles)
+    assert [score.seen for score in plain] == [None] * len(TEXTS)
+    wanted = [True, True, False, False, False, False]
+    for score, other, keep in zip(scorer.score(TEXTS, roles, keep=wanted), plain, wanted, strict=True):
+        assert score == other
+        assert (score.seen is not None) == (keep or bool(score.verdicts))
+        assert "seen" not in score.to_dict()
+        if score.seen is None or not len(score.seen.segments):
+            continue
+        judged = guard.monitor.judge(score.seen.acts, score.seen.segments)
+        scores = torch.as_tensor(judged.agreed.max(0)).sigmoid().tolist()
+        expected = [score.scores[domain] for domain in guard.monitor.domains]
+        assert scores == pytest.approx(expected, abs=1e-4)
