@@ -55,6 +55,9 @@ class Troubled:
                     metrics.count_error(on_error)
                     metrics.count_audit_error(on_error)
             metrics.count_audit_entry()
+            metrics.count_spool_item("sampled")
+            metrics.count_spool_drop("full")
+            metrics.set_drift("violence", flag=8.0, firing=3.0, psi=0.5)
             for what in ("bank", "policy"):
                 metrics.count_reload(what, "ok")
                 metrics.count_reload(what, "refused")

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from feature_bank.spool import Spool
 from tests.service.browser.conftest import KEYS
 
 pytestmark = pytest.mark.browser
@@ -151,3 +152,43 @@ def test_a_table_says_what_the_charts_show(url: str, visit: Any) -> None:
     page.get_by_role("button", name="60 min").click()
     expect(page.get_by_role("button", name="60 min")).to_have_attribute("aria-pressed", "true")
     assert "range=60" in page.evaluate("location.hash")
+
+
+def test_a_verdict_is_marked_with_its_reviewers_name(
+    serve: Callable[..., str], keyed: dict[str, Any], visit: Any, sign_in: Callable[[str], None], tmp_path: Path
+) -> None:
+    file = tmp_path / "spool.db"
+    url = serve(spool=file, spool_share=0.0, **keyed)
+    sign_in("admin")
+    page = visit(url, "monitor")
+    live(page)
+    body = {"input": "a sentence about violence", "role": "response"}
+    assert httpx.post(
+        f"{url}/v1/moderations", json=body, headers={"Authorization": f"Bearer {KEYS['admin']}"}
+    ).is_success
+    events(page).first.locator("button.event").click()
+    bar = events(page).first.locator(".event-marks")
+    bar.get_by_role("button", name="False positive").click()
+    expect(bar.locator("[data-marked]")).to_contain_text("Say who you are")
+    bar.get_by_role("textbox", name="Your name").fill("Ada <b>")
+    bar.get_by_role("button", name="False positive").click()
+    expect(bar.locator("[data-marked]")).to_contain_text("Marked by Ada <b>: violence, false positive.")
+    bar.get_by_role("combobox", name="Domain that was missed").select_option("terror")
+    bar.get_by_role("button", name="Missed").click()
+    expect(bar.locator("[data-marked]")).to_contain_text("terror, missed")
+    assert page.evaluate("localStorage.getItem('sailguard-reviewer')") == "Ada <b>"
+    with Spool.open_for_reading(file) as spool:
+        assert [labels for _, labels in spool.marked()] == [{"violence": False, "terror": True}]
+        assert {mark.reviewer for mark in spool.marks(1)} == {"Ada <b>"}
+
+
+def test_without_a_spool_or_a_key_for_it_there_is_nothing_to_mark_with(
+    serve: Callable[..., str], visit: Any, tmp_path: Path
+) -> None:
+    url = serve(spool=tmp_path / "spool.db")
+    page = visit(url, "monitor")
+    live(page)
+    judge(url, "a sentence about violence")
+    events(page).first.locator("button.event").click()
+    expect(events(page).first.locator(".event-detail")).to_contain_text("L15/7")
+    expect(page.locator(".event-marks")).to_have_count(0)
