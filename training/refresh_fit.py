@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from feature_bank.schema import Calibration, HeadRecord, Pooling, StreamingHead
-from training.calibration import BoolArray, balanced_weights
+from training.calibration import BoolArray, FloatArray, balanced_weights
 from training.corpus import Document
 from training.refresh_heads import Doubles, Form, Rows, ends_of, fit_held, forms_of, join_rows, read_rows, score
 from training.refresh_marks import Items
@@ -21,7 +23,8 @@ STRENGTHS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)  # what a marked text weighs, in
 # Times the number of replayed texts. As in training, ten times weaker where each text has several windows
 RIDGE, STREAMING_RIDGE = 1.0, 0.1
 ROUNDS = 3  # fits of one strength: each time the windows that decide now are added
-FURTHER = 3  # strengths that are tried from the first on that mends everything
+FURTHER = 2  # strengths that are tried from the first on that mends everything clearly
+CLEARANCE = 0.5  # of the logit, between a marked text and the threshold: texts like it have to fall on its side, too
 SEEN = 5  # replayed negatives above a threshold, from which on their share places the next one
 MARKS = "marks"  # as a source beside those of the replayed texts
 
@@ -101,8 +104,8 @@ def refit_form(
     """One form, and what a marked text weighed.
 
     Of a few strengths those are kept with which most marked texts that are fitted on come to the right side of the
-    threshold of `rate`; of these the one that finds most replayed texts of the domain. A pull that barely mends leaves
-    marked texts just below one threshold and above the looser ones, which then have to rise.
+    threshold of `rate`, clearly if that can be; of these the one that finds most replayed texts of the domain. A pull
+    that barely mends leaves marked texts just below one threshold and above the looser ones, which then have to rise.
     """
     places = items.of(domain, held_out=False)
     truth = items.truth(domain, places)
@@ -115,17 +118,19 @@ def refit_form(
         return form, 0.0
     positives, y = replay.labelled(domain, replay.rows("calibration"))
     present_texts = replay.texts.choose(positives[y])
-    tried: list[tuple[tuple[int, float], Form, float]] = []
+    tried: list[tuple[tuple[int, int, float], Form, float]] = []
     further = FURTHER
     for strength in STRENGTHS if wrong.any() else (0.0,):
         fitted = _fit(form, domain, replay, marked, truth, wrong, strength, rejected)
         fitted = recalibrate(form, fitted, domain, replay, marked.choose(np.flatnonzero(~truth)))
-        reached = fitted.probabilities(score(fitted, marked)) >= fitted.thresholds[rate]
-        mended = int((reached == truth).sum())
+        probabilities = fitted.probabilities(score(fitted, marked))
+        mended = int(((probabilities >= fitted.thresholds[rate]) == truth).sum())
+        beyond = _logits(probabilities) - _logits(np.array([fitted.thresholds[rate]]))
+        clear = int((np.where(truth, beyond, -beyond) >= CLEARANCE).sum())
         found = fitted.probabilities(score(fitted, present_texts))
         kept = [float((found >= threshold).mean()) for threshold in fitted.thresholds.values() if len(found)]
-        tried.append(((mended, float(np.mean(kept)) if kept else 0.0), fitted, strength))
-        if mended == len(truth):
+        tried.append(((mended, clear, float(np.mean(kept)) if kept else 0.0), fitted, strength))
+        if clear == len(truth):
             further -= 1
             if not further:
                 break
@@ -242,7 +247,7 @@ def _weights(sources: Sequence[str]) -> Doubles:
     return result
 
 
-def _least(probabilities: np.ndarray[tuple[int], np.dtype[np.float32]], weight: Doubles, allowed: float) -> float:
+def _least(probabilities: FloatArray, weight: Doubles, allowed: float) -> float:
     """The least probability that at most this share reaches."""
     order = np.argsort(-probabilities, kind="stable")
     share = np.cumsum(weight[order])
@@ -250,6 +255,12 @@ def _least(probabilities: np.ndarray[tuple[int], np.dtype[np.float32]], weight: 
     if over >= len(order):
         return 0.0
     return min(float(np.nextafter(probabilities[order[over]], np.float32(1.0))), 1.0)
+
+
+def _logits(probabilities: npt.NDArray[Any]) -> Doubles:
+    p = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
+    logits: Doubles = np.log(p) - np.log1p(-p)
+    return logits
 
 
 def _rounded(weights: Doubles) -> list[float]:
