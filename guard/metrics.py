@@ -42,6 +42,7 @@ _ON_ERROR = ("block", "flag", "allow")
 _REFUSALS = ("queue", "rate", "concurrency", "timeout", "not_ready", "auth", "host", "size")
 _SPOOLED = ("sampled", "verdict")
 _SPOOL_DROPS = ("full", "error")
+_SHADOWED = ("judged", "skipped", "error")
 _RELOADED = ("bank", "policy")
 _RELOADS = ("ok", "refused")
 _BANK_LABELS = ("name", "version", "model", "content_hash")
@@ -156,6 +157,18 @@ class Metrics:
             self.registry,
             ("domain",),
         )
+        self._shadow_texts = Counter(
+            "sailguard_shadow_texts",
+            "Texts and answers that a candidate bank was to judge beside the one in use, by what came of it.",
+            ["result"],
+            registry=self.registry,
+        )
+        self._shadow_disagreements = Counter(
+            "sailguard_shadow_disagreements",
+            "Decisions of a candidate bank that differ from those of the one in use.",
+            ["domain", "kind"],
+            registry=self.registry,
+        )
         self._reloads = Counter(
             "sailguard_reloads",
             "New versions of the bank or the policy, by whether they were taken into use.",
@@ -197,6 +210,8 @@ class Metrics:
             self._spool_items.labels(why=why)
         for reason in _SPOOL_DROPS:
             self._spool_dropped.labels(reason=reason)
+        for result in _SHADOWED:
+            self._shadow_texts.labels(result=result)
         for reason in _REFUSALS:
             self._refused.labels(reason=reason)
         for what in _RELOADED:
@@ -299,6 +314,14 @@ class Metrics:
         for gauge, value in ((self._drift_flag, flag), (self._drift_firing, firing), (self._drift_psi, psi)):
             if value is not None:
                 gauge.labels(domain=domain).set(value)
+
+    def count_shadow_text(self, result: str) -> None:
+        """Count one text that a candidate bank was to judge; `result` is judged, skipped or error."""
+        self._shadow_texts.labels(result=result).inc()
+
+    def count_shadow_disagreement(self, domain: str, kind: str) -> None:
+        """Count one decision that differs: `kind` is only_current or only_candidate."""
+        self._shadow_disagreements.labels(domain=domain, kind=kind).inc()
 
     def count_reload(self, what: str, result: str) -> None:
         """Count one new version of `what`, bank or policy, with its `result`, ok or refused."""

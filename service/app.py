@@ -28,6 +28,7 @@ from service.routes import routers
 from service.runner import Runner
 from service.services import Services
 from service.settings import Settings
+from service.shadow import Shadow, ShadowedSpool, load_candidate
 from service.slots import Slots
 from service.spool import open_spool
 from service.tracing import start_tracing
@@ -68,6 +69,7 @@ def create_app(
     runner = Runner(max_queue=settings.max_queue, metrics=metrics)
     slot = EngineSlot(started)
     keys = settings.key_ring()
+    shadow = Shadow(metrics, logger)
     services = Services(
         settings=settings,
         metrics=metrics,
@@ -75,7 +77,8 @@ def create_app(
         slots=Slots(max_running=settings.max_concurrent, max_waiting=settings.max_queue, metrics=metrics),
         slot=slot,
         audit=_open_audit(settings, metrics, logger),
-        spool=open_spool(settings, metrics, logger),
+        spool=ShadowedSpool(open_spool(settings, metrics, logger), shadow),
+        shadow=shadow,
         events=EventBus(),
         reloader=Reloader(slot, runner, settings, metrics, logger, bank=bank),
         tracing=start_tracing(settings, version()),
@@ -86,6 +89,7 @@ def create_app(
         services.reloader.start()
         services.reloader.install_sighup(asyncio.get_running_loop())
         metrics.set_ready(slot.engine is not None)
+        await _start_shadow(services, logger)
         tasks = [asyncio.create_task(_refresh_keys(keys, settings, logger))]
         loading = asyncio.create_task(_load(engine, services, logger)) if callable(engine) else None
         try:
@@ -156,6 +160,18 @@ async def _load(factory: EngineFactory, services: Services, logger: Any) -> None
         services.slot.fill(engine)
         services.metrics.set_ready(True)
         logger.info("ready", model=engine.model_id, bank=engine.bank_version, policy=engine.policy_version)
+        await _start_shadow(services, logger)
+
+
+async def _start_shadow(services: Services, logger: Any) -> None:
+    """Put the settings' candidate beside the bank in use, once there is one; a bad one is reported, and left out."""
+    engine, place = services.slot.engine, services.settings.shadow
+    if engine is None or place is None:
+        return
+    try:
+        services.shadow.start(await asyncio.to_thread(load_candidate, place, engine.bank))
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with a candidate, the bank in use serves
+        logger.error("no shadow", reason=f"{type(error).__name__}: {error}")
 
 
 async def _refresh_keys(keys: KeyRing, settings: Settings, logger: Any) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.reload import Reloader
     from service.runner import Runner
     from service.settings import Settings
+    from service.shadow import Shadow
     from service.slots import Slots
     from service.spool import Spooling
     from service.tracing import Tracing
@@ -36,6 +37,7 @@ class Services:
     slot: EngineSlot
     audit: AuditLog
     spool: Spooling
+    shadow: Shadow
     events: EventBus
     reloader: Reloader
     tracing: Tracing

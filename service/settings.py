@@ -97,6 +97,8 @@ class Settings(BaseSettings):
     """Days after which items of the spool are removed, with their marks; 0 keeps them."""
     spool_max_bytes: int = Field(default=1024**3, ge=0)
     """Bytes from which on the oldest items that nobody has marked are removed; 0 means no limit."""
+    shadow: Path | None = None
+    """Folder of a candidate bank that judges beside the one in use and never acts; none means no candidate."""
     watch_seconds: float = Field(default=2.0, ge=0.0)
     """How often the bank's and the policy's files are looked at for a new version; 0 means never."""
     metrics_features: str = ""

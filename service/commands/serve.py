@@ -65,6 +65,10 @@ def serve(
     audit: Annotated[
         Path | None, typer.Option("--audit", metavar="FILE", help="Keep verdicts in this SQLite file.")
     ] = None,
+    shadow: Annotated[
+        Path | None,
+        typer.Option("--shadow", metavar="BANK", help="A candidate bank that judges beside the bank and never acts."),
+    ] = None,
     spool: Annotated[
         Path | None,
         typer.Option("--spool", metavar="FILE", help="Keep a sample of what is judged here, as the guard saw it."),
@@ -93,6 +97,7 @@ def serve(
         "upstream": upstream,
         "workers": workers,
         "audit": audit,
+        "shadow": shadow,
         "spool": spool,
         "spool_text": spool_text,
     }

@@ -18,6 +18,7 @@ from service.routes import (
     page,
     playground,
     reviews,
+    shadow,
     spool,
     stats,
     traces,
@@ -44,6 +45,7 @@ def routers(*, generates: bool, proxy: bool) -> list[APIRouter]:
         reviews.router,
         audit.router,
         spool.router,
+        shadow.router,
         page.make_router(),
     ]
     if proxy:
