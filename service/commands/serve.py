@@ -109,6 +109,8 @@ def serve(
 
         if settings.upstream is not None or settings.workers:
             raise typer.BadParameter("--upstream and --workers do not go with --engine vllm")
+        if settings.spool is not None:
+            raise typer.BadParameter("--spool does not go with --engine vllm, whose server hands out no activations")
         _check_files(settings.bank, settings.policy)
         serve_vllm(settings, context.args)
         return

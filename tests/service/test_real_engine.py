@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from feature_bank.spool import Spool
 from guard.core import Guard
 from guard.metrics import Metrics
 from guard.policy import Policy
@@ -173,3 +175,35 @@ def test_engine_that_was_closed_leaves_no_hook(tiny_model: Any, start: Start) ->
     assert hooks() > before
     engine.close()
     assert hooks() == before
+
+
+# ---- what is spooled ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["flag", "block"])
+def test_what_is_spooled_of_a_chat_is_what_it_was_judged_by(
+    start: Start, make_app: Callable[..., Any], tmp_path: Path, action: str
+) -> None:
+    file = tmp_path / "spool.db"
+    engine = start(action, "response")
+    with TestClient(make_app(engine, spool=file, spool_share=1.0)) as client:
+        answer = client.post(URL, json=body())
+        judged = client.post("/v1/moderations", json={"input": "A heron stands in the reeds."})
+    assert answer.status_code == judged.status_code == 200
+    with Spool.open_for_reading(file) as spool:
+        items = {(item.endpoint, item.phase): item for item in spool.items()}
+    assert items.keys() == {("chat", "prompt"), ("chat", "response"), ("moderations", "prompt")}
+    judge = engine._serving.monitor
+    for item in items.values():
+        assert item.content_hash == engine.bank.content_hash
+        seen = item.activations()
+        assert seen.acts.shape == (item.tokens, len(engine.bank.features))
+        assert (seen.acts > 0).any()  # the bank's one feature is always on
+        if not item.streamed:
+            found = judge.judge(seen.acts, seen.segments).agreed.max(0)
+            scores = {name: 1 / (1 + math.exp(-float(value))) for name, value in zip(judge.domains, found, strict=True)}
+            assert item.scores == pytest.approx({**dict.fromkeys(DOMAINS, 0.0), **scores}, abs=1e-3)
+    response = items["chat", "response"]
+    assert (response.action, response.flagged, response.streamed) == (action, ("violence",), True)
+    assert response.tokens == answer.json()["usage"]["completion_tokens"] or action == "block"
+    assert response.tokens >= EVIDENCE

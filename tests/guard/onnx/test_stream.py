@@ -154,3 +154,32 @@ def test_two_halves_of_a_character_are_one_and_a_lone_half_is_replaced(start: St
     engine = start(make_policy())
     found, _ = run(engine, ["a \ud83d", "\ude42 b", " \ud83d"])
     assert said(found)[1] == "a 🙂 b \ufffd"
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+def test_what_was_seen_of_an_answer_is_all_that_was_judged(start: Start, policy: Any) -> None:
+    engine = start(policy)
+    text = " ".join(WORDS * 3)
+    assert engine.open_response().seen() is None
+    judge = engine.open_response(keep=True)
+    for piece in pieces(text, [7, 40, 90]):
+        if judge.push(piece, last=text.endswith(piece)).blocked:
+            break
+    seen = judge.seen()
+    assert seen is not None
+    assert len(seen.segments) == judge.report().tokens_observed
+    assert seen.acts.shape[1] == len(engine.bank.features)
+
+
+def test_what_was_seen_of_a_text_is_what_it_was_scored_by(start: Start) -> None:
+    engine = start(POLICY)
+    texts = ["a ferry in the harbour", "", "lamp, stone. " * 30]
+    plain = engine.score(texts, ["prompt"] * 3)
+    for score, other in zip(engine.score(texts, ["prompt"] * 3, keep=[True] * 3), plain, strict=True):
+        assert score == other
+        assert other.seen is None
+        assert score.seen is not None
+        if len(score.seen.segments):
+            found = engine._judge.judge(score.seen.acts, score.seen.segments).agreed.max(0)
+            expected = [score.scores[domain] for domain in engine._judge.domains]
+            assert torch.as_tensor(found).sigmoid().tolist() == pytest.approx(expected, abs=1e-5)
