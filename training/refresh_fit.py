@@ -106,6 +106,8 @@ def refit_form(
     Of a few strengths those are kept with which most marked texts that are fitted on come to the right side of the
     threshold of `rate`, clearly if that can be; of these the one that finds most replayed texts of the domain. A pull
     that barely mends leaves marked texts just below one threshold and above the looser ones, which then have to rise.
+    Items that the other form judged are pulled at as weakly as can be: their labels hold here, too, but nobody has seen
+    this form err on them.
     """
     places = items.of(domain, held_out=False)
     truth = items.truth(domain, places)
@@ -120,17 +122,19 @@ def refit_form(
     present_texts = replay.texts.choose(positives[y])
     tried: list[tuple[tuple[int, int, float], Form, float]] = []
     further = FURTHER
-    for strength in STRENGTHS if wrong.any() else (0.0,):
+    own = items.streamed[places] == form.streaming
+    strengths = STRENGTHS if (wrong & own).any() else STRENGTHS[:1] if wrong.any() else (0.0,)
+    for strength in strengths:
         fitted = _fit(form, domain, replay, marked, truth, wrong, strength, rejected)
-        fitted = recalibrate(form, fitted, domain, replay, marked.choose(np.flatnonzero(~truth)))
+        fitted = recalibrate(form, fitted, domain, replay, marked.choose(np.flatnonzero(~truth & own)))
         probabilities = fitted.probabilities(score(fitted, marked))
-        mended = int(((probabilities >= fitted.thresholds[rate]) == truth).sum())
+        mended = int(((probabilities >= fitted.thresholds[rate]) == truth)[own].sum())
         beyond = _logits(probabilities) - _logits(np.array([fitted.thresholds[rate]]))
-        clear = int((np.where(truth, beyond, -beyond) >= CLEARANCE).sum())
+        clear = int((np.where(truth, beyond, -beyond) >= CLEARANCE)[own].sum())
         found = fitted.probabilities(score(fitted, present_texts))
         kept = [float((found >= threshold).mean()) for threshold in fitted.thresholds.values() if len(found)]
         tried.append(((mended, clear, float(np.mean(kept)) if kept else 0.0), fitted, strength))
-        if clear == len(truth):
+        if clear == int(own.sum()):
             further -= 1
             if not further:
                 break
