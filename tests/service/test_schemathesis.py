@@ -171,10 +171,11 @@ def test_admin_answers_as_documented(
     policy.write_text(policy_text())
     served = FileEngine.start(store.folder, policy, Metrics())
     audit = tmp_path / "audit.db"
-    url = judging(served, bank=store.folder, policy=policy, audit=audit, api_keys=KEY, admin_keys=ADMIN_KEY)
+    files = {"bank": store.folder, "policy": policy, "audit": audit, "spool": tmp_path / "spool.db"}
+    url = judging(served, **files, api_keys=KEY, admin_keys=ADMIN_KEY)
     findings = attack(url, key=ADMIN_KEY, of=ADMIN)
     check(findings)
-    named = ("promote", "reviews")  # a version or a feature that is there is not guessed
+    named = ("promote", "reviews", "marks")  # a version, a feature or an item that is there is not guessed
     assert all(200 in counts for path, counts in findings.answers.items() if not path.endswith(named))
     assert {404, 400} <= set(findings.answers["POST /admin/bank/promote"])
     # Nothing that was sent has come into use but what had been there before.
