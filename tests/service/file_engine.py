@@ -84,7 +84,7 @@ class FileEngine:
         finally:
             world.building -= 1
 
-    def score(self, texts: Sequence[str], roles: Sequence[str]) -> list[TextScore]:
+    def score(self, texts: Sequence[str], roles: Sequence[str], *, keep: Any = None) -> list[TextScore]:
         return [self._score(text) for text in texts]
 
     def trace(self, text: str, role: str, *, top: int | None = 5) -> Trace:
