@@ -89,7 +89,7 @@ def create_app(
         services.reloader.start()
         services.reloader.install_sighup(asyncio.get_running_loop())
         metrics.set_ready(slot.engine is not None)
-        await _start_shadow(services, logger)
+        await _start_shadow(services, slot.engine, logger)
         tasks = [asyncio.create_task(_refresh_keys(keys, settings, logger))]
         loading = asyncio.create_task(_load(engine, services, logger)) if callable(engine) else None
         try:
@@ -157,15 +157,15 @@ async def _load(factory: EngineFactory, services: Services, logger: Any) -> None
         services.slot.fail(f"The guard could not be attached: {type(error).__name__}; see the server's log.")
         logger.error("not ready", reason=services.slot.reason, exc_info=True)
     else:
+        await _start_shadow(services, engine, logger)  # before the first request, which it is to see
         services.slot.fill(engine)
         services.metrics.set_ready(True)
         logger.info("ready", model=engine.model_id, bank=engine.bank_version, policy=engine.policy_version)
-        await _start_shadow(services, logger)
 
 
-async def _start_shadow(services: Services, logger: Any) -> None:
+async def _start_shadow(services: Services, engine: ServedEngine | None, logger: Any) -> None:
     """Put the settings' candidate beside the bank in use, once there is one; a bad one is reported, and left out."""
-    engine, place = services.slot.engine, services.settings.shadow
+    place = services.settings.shadow
     if engine is None or place is None:
         return
     try:
