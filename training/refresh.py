@@ -9,10 +9,10 @@ be promoted stands in `refresh.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,30 @@ from feature_bank.errors import BankError, DataError
 from feature_bank.identity import check_identity
 from feature_bank.review import carry_reviews, rejected_ids
 from feature_bank.schema import CorpusRecord, Heads
+from feature_bank.spool import MAX_TOKENS
 from feature_bank.versions import VersionStore
 from training.corpus import Document, read_documents
 from training.packing import Report
 from training.pipeline import own_corpora
 from training.refit import next_version
-from training.refresh_checks import check_fixed, check_items, problems_of
+from training.refresh_checks import Version, check_fixed, check_items, problems_of
 from training.refresh_fit import RATE, Refitted, Replay, refit_head
-from training.refresh_marks import read_items
-from training.refresh_texts import encode_texts, rows_digest
+from training.refresh_marks import Items, read_items
+from training.refresh_texts import Texts, encode_texts, rows_digest
 
-__all__ = ["BANK", "REFRESH", "Refreshed", "refresh_bank"]
+__all__ = ["BANK", "REFRESH", "Refreshed", "Retrain", "refresh_bank"]
 
 BANK = "bank"
 REFRESH = "refresh.json"
 WORK = "work"
+ENCODED = "encoded"
+RETRAINED = "retrained"
 TEST = "the test split"
 DEV = "--dev"
 MARGIN = 0.01
+
+Retrain = Callable[[Bank, Path, Path, Report], Bank]
+"""retrain(bank, spool, work, report): a bank of new features, for the same domains, made in the folder `work`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +76,16 @@ def refresh_bank(
     margin: float = MARGIN,
     rate: str = RATE,
     own: Sequence[Path] | None = None,
+    retrain: Retrain | None = None,
 ) -> Refreshed:
     """Write the next version of the bank at `source` to `out/bank`, and `out/refresh.json` beside it.
 
     source: a bank or a folder of versions, of which the current one is meant. store: a folder of versions; items that
-    were judged with one of them count too, if its features are the same. data: files of text that holds the heads
-    beside the project's own, as `train` reads them; dev: files that are only measured on. margin: what a domain's AUROC
-    or true-positive rate may fall by. rate: of the thresholds that marked texts have to be on the right side of. own:
-    files in place of the project's own.
+    were judged with one of them count too, if its features are the same, and others by their texts, if these were kept.
+    data: files of text that holds the heads beside the project's own, as `train` reads them; dev: files that are only
+    measured on. margin: what a domain's AUROC or true-positive rate may fall by, or a false-positive rate rise. rate:
+    of the thresholds that marked texts have to be on the right side of. own: files in place of the project's own.
+    retrain: trains new features, over which the heads are then fitted.
 
     Encoded text is kept under `out/work`: run again, only what is missing is read by the model. Raises DataError if
     nothing of the spool can be used or a file is malformed, BankError for a damaged bank, ModelError for another model.
@@ -85,59 +93,78 @@ def refresh_bank(
     folder = bank_folder(source).resolve()
     bank = Bank.load(folder)
     check_identity(model, tokenizer, bank.manifest.model)
-    if any(rate not in head.thresholds or rate not in head.streaming_thresholds for head in bank.heads.values()):
-        raise DataError(f"the bank {bank.version} has no threshold for the false-positive rate {rate} in every domain")
-    rejected = rejected_ids(folder)
-    reading: dict[str, Any] = {
-        "features": len(bank.features),
-        "hashes": _known_hashes(bank, source, store),
-        "domains": frozenset(bank.heads),
-    }
-    items = read_items(spool, marked=True, **reading)
-    unmarked = read_items(spool, marked=False, **reading)
+    work = out / WORK
+    own = own_corpora() if own is None else own
+    documents, corpora = read_documents([*own, *data])
+    measured, measured_records = read_documents(list(dev)) if dev else ([], [])
+    documents = _apart(documents, measured)
+    start = bank if retrain is None else retrain(bank, spool, work / RETRAINED, report)
+    new_rows = start is not bank
+    for version in (bank, start):
+        if any(rate not in h.thresholds or rate not in h.streaming_thresholds for h in version.heads.values()):
+            raise DataError(f"the bank {version.version} has no threshold for the rate {rate} in every domain")
+    rejected = frozenset[str]() if new_rows else rejected_ids(folder)
+
+    def encode(of: Bank, texts: Sequence[Document], **options: Any) -> Texts:
+        return encode_texts(
+            texts, bank=of, model=model, tokenizer=tokenizer, folder=work / ENCODED, report=report, **options
+        )
+
+    def marked_and_not(of: Bank) -> tuple[Items, Items]:
+        """The spool's items as the bank's features see them."""
+        reading: dict[str, Any] = {
+            "features": len(of.features),
+            "hashes": _known_hashes(of, source, store),
+            "domains": bank.heads.keys() & start.heads.keys(),
+            "read": lambda texts: encode(of, texts, max_tokens=MAX_TOKENS),
+            "texts_only": new_rows,
+        }
+        return read_items(spool, marked=True, **reading), read_items(spool, marked=False, **reading)
+
+    items, unmarked = marked_and_not(start)
     if not len(items) and not rejected:
         why = "; ".join(f"{count} {reason}" for reason, count in items.skipped.items()) or "none is marked"
         raise DataError(f"{spool}: no marked item can be used with {bank.version}: {why}. Mark items, and run it again")
     report("marks", 1, 1, f"{len(items)} marked items, {len(unmarked)} others, {len(rejected)} rejected features")
 
-    documents, corpora = read_documents([*(own_corpora() if own is None else own), *data])
-    measured, measured_records = read_documents(list(dev)) if dev else ([], [])
-    documents = _apart(documents, measured)
-    encoding: dict[str, Any] = {
-        "bank": bank,
-        "model": model,
-        "tokenizer": tokenizer,
-        "folder": out / WORK,
-        "report": report,
-    }
-    replay = Replay(documents=documents, texts=encode_texts(documents, **encoding))
-    position = {feature.id: place for place, feature in enumerate(bank.features)}
+    replay = Replay(documents=documents, texts=encode(start, documents))
+    present = Version.of(start)
     refitted: dict[str, Refitted] = {}
-    for done, (domain, head) in enumerate(bank.heads.items(), 1):
+    for done, (domain, head) in enumerate(start.heads.items(), 1):
         refitted[domain] = refit_head(
-            domain, head, bank.pooling, position, replay=replay, items=items, rejected=rejected, rate=rate
+            domain, head, start.pooling, present.position, replay=replay, items=items, rejected=rejected, rate=rate
         )
-        report("heads", done, len(bank.heads), f"{domain}: {'fitted' if refitted[domain].changed else 'as it was'}")
+        report("heads", done, len(start.heads), f"{domain}: {'fitted' if refitted[domain].changed else 'as it was'}")
     heads = {domain: found.head for domain, found in refitted.items()}
+
+    before, after = Version.of(bank), replace(present, heads=heads)
     test = replay.rows("test")
-    sets = {TEST: ([documents[row] for row in test.tolist()], replay.texts.choose(test))}
-    if measured:
-        sets[DEV] = (measured, encode_texts(measured, **encoding))
-    sides = (bank.heads, heads, bank.pooling, position)
-    fixed = {name: check_fixed(labelled, texts, *sides) for name, (labelled, texts) in sets.items()}
-    fresh = check_items(items, unmarked, *sides, rate=rate)
+    sets = {TEST: [documents[row] for row in test.tolist()]} | ({DEV: measured} if measured else {})
+    seen = {TEST: replay.texts.choose(test)} | ({DEV: encode(start, measured)} if measured else {})
+    was_seen = {name: encode(bank, texts) for name, texts in sets.items()} if new_rows else seen
+    fixed = {name: check_fixed(sets[name], (before, was_seen[name]), (after, seen[name])) for name in sets}
+    were = marked_and_not(bank) if new_rows else (items, unmarked)
+    fresh = check_items((before, *were), (after, items, unmarked), rate=rate)
     changed = [domain for domain, found in refitted.items() if found.changed]
-    candidate = _write(bank, folder, out / BANK, heads, corpora, _quality(bank, fixed[TEST], changed))
+    candidate = _write(bank, start, folder, out / BANK, heads, corpora, _quality(start, fixed[TEST], changed))
     report("pack", 1, 1, str(out / BANK))
-    problems = problems_of(fixed, fresh, margin=margin)
+    problems = [
+        *(
+            f"{domain}: the bank has a head for it, the candidate has none"
+            for domain in bank.heads
+            if domain not in heads
+        ),
+        *problems_of(fixed, fresh, margin=margin),
+    ]
     found = {
         "before": bank.version,
         "after": candidate.version,
         "content_hash": candidate.content_hash,
         "time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "tool_version": version("sailguard"),
+        "tool_version": version_of("sailguard"),
         "margin": margin,
         "rate": rate,
+        "retrained": new_rows,
         "accepted": not problems,
         "problems": problems,
         "spool": {"marked": len(items), "unmarked": len(unmarked), "skipped": dict(items.skipped)},
@@ -156,14 +183,15 @@ def refresh_bank(
 
 def _write(
     bank: Bank,
+    start: Bank,
     source: Path,
     target: Path,
     heads: Mapping[str, Any],
     records: Sequence[CorpusRecord],
     quality: Mapping[str, float],
 ) -> Bank:
-    """The bank with other heads, as its next version; reviews go with it."""
-    manifest = bank.manifest.model_dump(exclude={"schema_version", "files", "sha256"})
+    """`start` with other heads, as the bank's next version; reviews go with it if they are of its features."""
+    manifest = start.manifest.model_dump(exclude={"schema_version", "files", "sha256"})
     known = {record["sha256"] for record in manifest["corpus"]}
     written = save_bank(
         target,
@@ -171,16 +199,17 @@ def _write(
             **manifest,
             "version": next_version(bank.manifest.version),
             "created": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "tool_version": version("sailguard"),
+            "tool_version": version_of("sailguard"),
             "parent": bank.version,
             "quality": dict(quality),
             "corpus": [*manifest["corpus"], *(r.model_dump() for r in records if r.sha256 not in known)],
         },
-        features=bank.features,
-        heads=Heads.model_validate({"pooling": bank.pooling, "heads": dict(heads)}),
-        rows=bank.rows,
+        features=start.features,
+        heads=Heads.model_validate({"pooling": start.pooling, "heads": dict(heads)}),
+        rows=start.rows,
     )
-    carry_reviews(source, target)
+    if start is bank:
+        carry_reviews(source, target)
     return written
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from feature_bank.bank import Bank
 from feature_bank.schema import HeadRecord, Pooling
 from training.calibration import BoolArray
 from training.corpus import OWN_SOURCE, Document
@@ -16,43 +18,68 @@ from training.refresh_heads import Doubles, Form, forms_of, score
 from training.refresh_marks import Items
 from training.refresh_texts import Ints, Texts
 
-__all__ = ["check_fixed", "check_items", "problems_of", "share"]
+__all__ = ["Version", "check_fixed", "check_items", "problems_of", "share"]
 
 FORMS = ("whole", "streaming")
 GATED_RATES = ("0.01", "0.05")  # at one in a thousand a handful of texts would decide
 AUROC = "auroc"
 
 
+def _gated() -> dict[str, tuple[str, int]]:
+    """By the key of a measured figure, what it is called, and in which direction it is worse."""
+    found = {AUROC: ("AUROC", -1)}
+    for rate in GATED_RATES:
+        found[f"tpr_{rate}"] = (f"the true-positive rate at {rate}", -1)
+        found[f"fpr_{rate}"] = (f"the false-positive rate at {rate}", 1)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """What decides in one version of a bank."""
+
+    heads: Mapping[str, HeadRecord]
+    pooling: Pooling
+    position: dict[str, int]
+    """The place of every feature."""
+
+    @classmethod
+    def of(cls, bank: Bank) -> Version:
+        """As the bank has it."""
+        position = {feature.id: place for place, feature in enumerate(bank.features)}
+        return cls(heads=bank.heads, pooling=bank.pooling, position=position)
+
+    def forms(self, domain: str) -> tuple[Form, Form]:
+        """The domain's head for whole texts, and for responses that stream."""
+        return forms_of(self.heads[domain], self.pooling, self.position)
+
+
 def check_fixed(
-    documents: Sequence[Document],
-    texts: Texts,
-    before: Mapping[str, HeadRecord],
-    after: Mapping[str, HeadRecord],
-    pooling: Pooling,
-    position: dict[str, int],
-    *,
-    seed: int = 0,
+    documents: Sequence[Document], before: tuple[Version, Texts], after: tuple[Version, Texts], *, seed: int = 0
 ) -> dict[str, Any]:
     """By domain and form: how well either version ranks the texts, and what its own thresholds do to them.
 
+    before, after: a version, and the documents as its features see them; domains are those that both have.
     Every figure is `{"before", "after"}`, each with a 95 % interval; what the texts cannot show is left out.
     """
     found: dict[str, Any] = {}
-    for domain in before:
+    for domain in _shared(before[0], after[0]):
         rows = np.array([i for i, d in enumerate(documents) if d.label(domain) is not None], dtype=np.int64)
         y = np.array([bool(documents[i].label(domain)) for i in rows.tolist()], dtype=np.bool_)
         hard = np.array([_is_twin(documents[i], domain) for i in rows.tolist()], dtype=np.bool_) & ~y
         if not len(rows):
             continue
-        pairs = zip(
-            forms_of(before[domain], pooling, position), forms_of(after[domain], pooling, position), strict=True
-        )
         forms = {}
-        for name, (old, new) in zip(FORMS, pairs, strict=True):
-            sides = [_measured(form, score(form, texts)[rows], y, hard, seed) for form in (old, new)]
+        for place, name in enumerate(FORMS):
+            versions = [(version.forms(domain)[place], texts) for version, texts in (before, after)]
+            sides = [_measured(form, score(form, texts)[rows], y, hard, seed) for form, texts in versions]
             forms[name] = {key: {"before": sides[0][key], "after": sides[1][key]} for key in sides[0]}
         found[domain] = {"texts": len(y), "positives": int(y.sum()), "hard_negatives": int(hard.sum()), **forms}
     return found
+
+
+def _shared(before: Version, after: Version) -> list[str]:
+    return [domain for domain in before.heads if domain in after.heads]
 
 
 def _is_twin(document: Document, domain: str) -> bool:
@@ -89,21 +116,17 @@ def share(reached: BoolArray) -> dict[str, Any]:
 
 
 def check_items(
-    items: Items,
-    unmarked: Items,
-    before: Mapping[str, HeadRecord],
-    after: Mapping[str, HeadRecord],
-    pooling: Pooling,
-    position: dict[str, int],
-    *,
-    rate: str,
+    before: tuple[Version, Items, Items], after: tuple[Version, Items, Items], *, rate: str
 ) -> dict[str, Any]:
     """By domain, at the thresholds of `rate`, each item in the form that judged it: how many marked items either
-    version has right, fitted on and held out, and on what share of unmarked ones the versions decide differently."""
+    version has right, fitted on and held out, and on what share of unmarked ones the versions decide differently.
+
+    before, after: a version, and the same marked and unmarked items as its features see them.
+    """
     found: dict[str, Any] = {}
-    for domain in before:
-        forms = [forms_of(heads[domain], pooling, position) for heads in (before, after)]
-        decided = [_decided(pair, items, rate) for pair in forms]
+    items = before[1]
+    for domain in _shared(before[0], after[0]):
+        decided = [_decided(version.forms(domain), marked, rate) for version, marked, _ in (before, after)]
         marks: dict[str, Any] = {}
         for side, held_out in (("fit", False), ("held_out", True)):
             places = items.of(domain, held_out=held_out)
@@ -118,7 +141,7 @@ def check_items(
                     "share_after": share(right[1]),
                     "wrong_items": [items.ids[place] for place in chosen[~right[1]].tolist()][:100],
                 }
-        live = [_decided(pair, unmarked, rate) for pair in forms]
+        live = [_decided(version.forms(domain), unmarked, rate) for version, _, unmarked in (before, after)]
         found[domain] = {"marks": marks, "changed_decisions": share(live[0] != live[1])}
     return found
 
@@ -135,22 +158,23 @@ def _decided(forms: tuple[Form, Form], items: Items, rate: str) -> BoolArray:
 
 
 def problems_of(fixed: Mapping[str, Mapping[str, Any]], fresh: Mapping[str, Any], *, margin: float) -> list[str]:
-    """What speaks against the next version, a sentence each: a fall of AUROC or true-positive rate by more than the
-    margin on a fixed set, and marked texts that were fitted on and are not mended."""
+    """What speaks against the next version, a sentence each: on a fixed set a fall of AUROC or of a true-positive rate,
+    or a rise of a false-positive rate, by more than the margin; and marked texts that were fitted on and are not
+    mended."""
     found = []
     for name, domains in fixed.items():
         for domain, measured in domains.items():
             for form in FORMS:
-                for key in (AUROC, *(f"tpr_{rate}" for rate in GATED_RATES)):
+                for key, (what, worse) in _gated().items():
                     pair = measured[form].get(key)
                     if pair is None:
                         continue
                     old, new = pair["before"]["value"], pair["after"]["value"]
-                    if old - new > margin + 1e-9:
-                        what = "AUROC" if key == AUROC else f"the true-positive rate at {key.removeprefix('tpr_')}"
+                    if (new - old) * worse > margin + 1e-9:
+                        verb = "rises" if worse > 0 else "falls"
                         found.append(
-                            f"{domain}, {form} texts of {name}: {what} falls by {old - new:.4f}, from {old:.4f} to "
-                            f"{new:.4f}; {margin:g} is allowed"
+                            f"{domain}, {form} texts of {name}: {what} {verb} by {abs(new - old):.4f}, from {old:.4f} "
+                            f"to {new:.4f}; {margin:g} is allowed"
                         )
     for domain, measured in fresh.items():
         for name, sides in measured["marks"].items():

@@ -20,7 +20,8 @@ __all__ = ["RATE", "Refitted", "Replay", "refit_head"]
 
 RATE = "0.01"  # the false-positive rate at which rules stand unless a policy says otherwise
 STRENGTHS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)  # what a marked text weighs, in replayed texts
-# Times the number of replayed texts. As in training, ten times weaker where each text has several windows
+# Times the number of replayed texts. As in training, ten times weaker where each text has several windows. These and
+# the strengths were chosen with the project's own texts in sight, their test split too: other text is the better judge
 RIDGE, STREAMING_RIDGE = 1.0, 0.1
 ROUNDS = 3  # fits of one strength: each time the windows that decide now are added
 FURTHER = 2  # strengths that are tried from the first on that mends everything clearly

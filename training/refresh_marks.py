@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,15 @@ from scipy import sparse
 from feature_bank.errors import DataError
 from feature_bank.spool import Selection, Spool, SpoolItem
 from training.calibration import BoolArray
+from training.corpus import Document
 from training.refresh_texts import Ints, Texts, join_texts
+from training.refresh_traffic import document_of, held_out
 
 __all__ = ["Items", "read_items"]
 
 UNMARKED = 2000  # the newest items that nobody marked: enough to tell a changed decision in a thousand
-HELD_OUT = 5  # one marked item of so many is never fitted on
+Reader = Callable[[Sequence[Document]], Texts]
+"""What the bank's features give on documents, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,35 +65,49 @@ class Items:
 
 
 def read_items(
-    path: Path, *, features: int, hashes: Collection[str], domains: Collection[str], marked: bool, most: int = UNMARKED
+    path: Path,
+    *,
+    features: int,
+    hashes: Collection[str],
+    domains: Collection[str],
+    marked: bool,
+    read: Reader,
+    texts_only: bool = False,
+    most: int = UNMARKED,
 ) -> Items:
     """The marked items of a spool, or the newest unmarked ones.
 
-    features: how many the bank has. hashes: content hashes of the banks whose features are the same as the bank's;
-    items of others cannot be read with it and are counted. domains: those that the bank has a head for.
+    features: how many the bank has. hashes: content hashes of the banks whose features are the same as the bank's.
+    Items of others are read anew from their texts, by `read`, or counted as skipped if these were not kept.
+    domains: those that the bank has a head for. texts_only: read all from their texts, and skip those without.
 
     Raises DataError for a file that is no spool, or a damaged item.
     """
     skipped: Counter[str] = Counter()
-    parts, ids, streamed, held, labels, flagged = [], [], [], [], [], []
+    parts: list[Texts | None] = []
+    documents: list[Document] = []
+    ids, streamed, held, labels, flagged = [], [], [], [], []
     with Spool.open_for_reading(path) as spool:
         for item, said in _items(spool, marked, most):
             known = {domain: label for domain, label in said.items() if domain in domains}
-            if item.content_hash not in hashes:
-                skipped["judged with a bank of other features"] += 1
+            foreign = texts_only or item.content_hash not in hashes
+            if foreign and not item.text:
+                skipped["judged with a bank of other features, and without text"] += 1
             elif marked and not known:
                 skipped["marked in a domain that the bank has no head for"] += 1
             elif not item.tokens:
                 skipped["without a judged token"] += 1
             else:
-                parts.append(_texts(item, features, path))
+                parts.append(None if foreign else _texts(item, features, path))
+                if foreign:
+                    documents.append(document_of(item, known))
                 ids.append(int(item.id or 0))
                 streamed.append(item.streamed)
-                held.append(_held_out(item))
+                held.append(held_out(item))
                 labels.append(known)
                 flagged.append(frozenset(item.flagged))
     return Items(
-        texts=join_texts(parts, features),
+        texts=join_texts(_filled(parts, documents, read), features),
         ids=tuple(ids),
         streamed=np.array(streamed, dtype=np.bool_),
         held_out=np.array(held, dtype=np.bool_),
@@ -99,6 +115,15 @@ def read_items(
         flagged=tuple(flagged),
         skipped=dict(skipped),
     )
+
+
+def _filled(parts: Sequence[Texts | None], documents: Sequence[Document], read: Reader) -> list[Texts]:
+    """The parts, and in the place of each that is missing the next of the documents."""
+    if not documents:
+        return [part for part in parts if part is not None]
+    found = read(documents)
+    numbers = iter(range(len(documents)))
+    return [found.choose(np.array([next(numbers)])) if part is None else part for part in parts]
 
 
 def _items(spool: Spool, marked: bool, most: int) -> Iterable[tuple[SpoolItem, Mapping[str, bool]]]:
@@ -118,8 +143,3 @@ def _texts(item: SpoolItem, features: int, path: Path) -> Texts:
     numbers = np.unique(segments, return_inverse=True)[1].astype(np.int64)
     place = np.zeros(len(segments), dtype=np.int64)
     return Texts(acts=sparse.csr_matrix(acts), text=place, segment=numbers, n=1)
-
-
-def _held_out(item: SpoolItem) -> bool:
-    """By the hash of what was seen, so that a text that comes twice is on one side."""
-    return int(hashlib.sha256(item.acts or b"").hexdigest()[:8], 16) % HELD_OUT == 0

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from feature_bank.errors import DataError
+from service.commands.cluster import ClusterOption, stages_on
 from service.commands.options import ModelOption
 from service.commands.stages import StageReport
 from service.commands.terminal import error_console, output_console
-from service.commands.train_inputs import existing
+from service.commands.train_inputs import data_files, existing
 
 if TYPE_CHECKING:
     from training.refresh import Refreshed
@@ -38,25 +39,50 @@ def refresh(
         list[Path] | None, typer.Option("--dev", metavar="FILE", help="Labelled text that is only measured on.")
     ] = None,
     margin: Annotated[
-        float, typer.Option("--margin", min=0.0, max=1.0, help="How far AUROC or true-positive rate may fall.")
+        float,
+        typer.Option(
+            "--margin",
+            min=0.0,
+            max=1.0,
+            help="How far AUROC or true-positive rate may fall, or false-positive rate rise.",
+        ),
     ] = 0.01,
     promote: Annotated[bool, typer.Option("--promote", help="Make it the current version if nothing fell.")] = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train new SAEs on --data and on the texts that the spool was let keep.")
+    ] = False,
+    preset: Annotated[
+        str, typer.Option("--preset", help="With --retrain: named settings, or a preset file.")
+    ] = "smollm2-135m",
+    cluster: ClusterOption = None,
     model: ModelOption = None,
 ) -> None:
     """Fit a bank's heads again on marked traffic, held to what they are, and compare the two versions.
 
-    The features stay; rejected ones weigh nothing. Exit code 1 if the candidate is worse than the bank on text that was
-    never fitted on, or marked texts are not mended: it lies in OUT then, and is not promoted.
+    The features stay, unless SAEs are retrained; rejected ones weigh nothing. Exit code 1 if the candidate is worse
+    than the bank on text that was never fitted on, or marked texts are not mended: it lies in OUT then, and is not
+    promoted.
     """
-    files, measured = existing(data or []), existing(dev or [])
+    files, measured = data_files(data or []) if retrain else existing(data or []), existing(dev or [])
     if promote and store is None:
         raise DataError("--promote puts the candidate into a folder of versions; name it with --store")
 
-    from guard.models import load_model
-    from training.refresh import refresh_bank
+    if cluster and not retrain:
+        raise DataError("--cluster is for --retrain: fitting heads alone is done here")
 
-    loaded = load_model(model)
-    with StageReport() as report:
+    from guard.models import load_model
+    from training.pipeline import load_preset
+    from training.refresh import refresh_bank
+    from training.refresh_retrain import Retraining
+
+    settings = load_preset(preset) if retrain else None
+    with stages_on(cluster) as stages, StageReport() as report:
+        loaded = load_model(model)
+        retraining = None
+        if settings is not None:
+            retraining = Retraining(
+                model=loaded.model, tokenizer=loaded.tokenizer, preset=settings, data=files, stages=stages
+            )
         found = refresh_bank(
             bank,
             spool=spool,
@@ -68,6 +94,7 @@ def refresh(
             dev=measured,
             store=store,
             margin=margin,
+            retrain=retraining,
         )
     _write_difference(found, out / DIFF)
     console = output_console()

@@ -58,6 +58,9 @@ class Troubled:
             metrics.count_spool_item("sampled")
             metrics.count_spool_drop("full")
             metrics.set_drift("violence", flag=8.0, firing=3.0, psi=0.5)
+            for result in ("judged", "skipped", "error"):
+                metrics.count_shadow_text(result)
+            metrics.count_shadow_disagreement("violence", "only_current")
             for what in ("bank", "policy"):
                 metrics.count_reload(what, "ok")
                 metrics.count_reload(what, "refused")

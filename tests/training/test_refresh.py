@@ -14,37 +14,16 @@ import pytest
 from feature_bank.bank import Bank
 from feature_bank.errors import DataError
 from feature_bank.review import append_reviews
-from feature_bank.spool import Spool, SpoolItem, pack
 from feature_bank.verdicts import Draft
 from feature_bank.versions import VersionStore
 from guard import Guard
 from tests.factories import make_bank, make_policy
+from tests.training.marked_texts import ranked, spool_of, write_texts
 from training import refresh_texts
 from training.corpus import read_documents
 from training.refresh import refresh_bank
 from training.refresh_heads import forms_of, score
 from training.refresh_texts import Texts, encode_texts, rows_digest
-
-WORDS = ["amber", "birch", "cedar", "delta", "ember", "frost", "grove", "haven", "inlet", "jetty", "knoll", "larch"]
-LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-
-
-def write_texts(path: Path, seed: int, *, odd: bool = False) -> Path:
-    """Rows of words, or of repeated letters, which look like none of them."""
-    rng = np.random.default_rng(seed)
-    with path.open("w") as file:
-        for number in range(160):
-            row = {
-                "id": f"sg-poli-{number}",
-                "text": "".join(rng.choice(LETTERS, 2)) * 12 if odd else " ".join(rng.choice(WORDS, 6)),
-                "role": "passage",
-                "domains": ["politics"] if number % 2 else [],
-                "known": ["politics"],
-                "source": "sailguard",
-                "licence": "CC0-1.0",
-            }
-            file.write(json.dumps(row) + "\n")
-    return path
 
 
 @pytest.fixture
@@ -74,50 +53,6 @@ def encoded(tmp_path: Path, source: Path, live: Path, tiny_model: Any, tiny_toke
         folder=tmp_path / "encoded",
         report=lambda *_: None,
     )
-
-
-def spool_of(path: Path, bank: Bank, texts: Texts, rows: list[int], mark: Any, *, marked: bool = True) -> Path:
-    """A spool with some of the texts as items."""
-    with Spool.open_for_writing(path) as spool:
-        for row in rows:
-            one = texts.choose(np.array([row]))
-            item = SpoolItem(
-                unix=1e9,
-                request_id=f"r{row}",
-                endpoint="moderations",
-                choice=0,
-                phase="prompt",
-                streamed=False,
-                bank=bank.version,
-                content_hash=bank.content_hash,
-                policy="test",
-                model="tiny",
-                action="flag" if mark == "false_positive" else "allow",
-                scores=dict.fromkeys(bank.heads, 0.5),
-                flagged=("politics",) if mark == "false_positive" else (),
-                tokens=len(one.text),
-                acts=pack(one.segment, one.acts.toarray()),
-                why="sampled",
-            )
-            spool.add([item])
-            if marked:
-                number = spool.newest(_all(), limit=1)[0].id
-                assert number is not None
-                spool.mark(number, "politics", mark, reviewer="an analyst")
-    return path
-
-
-def _all() -> Any:
-    from feature_bank.spool import Selection
-
-    return Selection()
-
-
-def ranked(bank: Bank, texts: Texts) -> list[int]:
-    """The texts, the one that looks most like politics first."""
-    position = {feature.id: place for place, feature in enumerate(bank.features)}
-    form = forms_of(bank.heads["politics"], bank.pooling, position)[0]
-    return [int(row) for row in np.argsort(-score(form, texts))]
 
 
 @pytest.fixture
@@ -205,7 +140,7 @@ def test_a_torn_file_of_the_work_folder_is_made_anew(
     bank = Bank.load(source)
     spool = spool_of(tmp_path / "spool.db", bank, encoded, ranked(bank, encoded)[:8], "false_positive")
     first = run(spool)
-    for path in (tmp_path / "out" / "work").glob("*.safetensors"):
+    for path in (tmp_path / "out" / "work").rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
     assert run(spool).bank.heads == first.bank.heads
 

@@ -12,7 +12,7 @@ from feature_bank.heads import agreement, moving_average
 from feature_bank.schema import Calibration, HeadRecord, Pooling, StreamingHead
 from training.calibration import document_scores
 from training.corpus import Document
-from training.refresh_checks import check_fixed, problems_of, share
+from training.refresh_checks import Version, check_fixed, problems_of, share
 from training.refresh_fit import Replay, refit_head
 from training.refresh_heads import ends_of, fit_held, forms_of, join_rows, read_rows, score
 from training.refresh_marks import Items
@@ -194,8 +194,9 @@ def test_wrong_marks_are_found_out_on_texts_that_were_never_fitted_on(replay: Re
     record = refit(replay, marked([0, 1], False, count=200))
     test = replay.rows("test")
     documents = [replay.documents[row] for row in test.tolist()]
-    sides = ({"politics": head()}, {"politics": record}, POOLING, POSITION)
-    fixed = {"test": check_fixed(documents, replay.texts.choose(test), *sides)}
+    versions = [Version(heads={"politics": h}, pooling=POOLING, position=POSITION) for h in (head(), record)]
+    before, after = [(version, replay.texts.choose(test)) for version in versions]
+    fixed = {"test": check_fixed(documents, before, after)}
     problems = problems_of(fixed, {}, margin=0.01)
     assert problems
     assert "politics" in problems[0]

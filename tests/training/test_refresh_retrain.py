@@ -1,0 +1,129 @@
+"""A refresh with new features: what may be trained on is, and both banks are compared on the same texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from feature_bank.bank import Bank
+from feature_bank.errors import DataError
+from feature_bank.spool import Selection, Spool, SpoolItem, pack
+from tests.training.workshop import OTHERS, POLITICS, Trained, Workshop
+from training.pipeline import load_preset
+from training.refresh import refresh_bank
+from training.refresh_retrain import TRAFFIC, Retraining
+from training.refresh_traffic import held_out, write_traffic
+
+WORD = "Trillian"  # stands in the traffic alone
+
+
+def spool_of(path: Path, bank: Bank, *, texts: bool, marked: int = 24, unmarked: int = 6) -> Path:
+    """A spool of items of which half were flagged; people say the opposite of the guard about each."""
+    generator = np.random.default_rng(7)
+    with Spool.open_for_writing(path) as spool:
+        for number in range(marked + unmarked):
+            positive = number % 2 == 0
+            words = " ".join([*generator.choice(POLITICS if positive else OTHERS, 5), WORD])
+            acts = generator.uniform(0, 1, (6, len(bank.features))).astype(np.float32)
+            item = SpoolItem(
+                unix=1e9,
+                request_id=f"r{number}",
+                endpoint="moderations",
+                choice=0,
+                phase="prompt",
+                streamed=False,
+                bank=bank.version,
+                content_hash=bank.content_hash,
+                policy="test",
+                model="tiny",
+                action="allow" if positive else "flag",
+                scores=dict.fromkeys(bank.heads, 0.5),
+                flagged=() if positive else ("politics",),
+                tokens=6,
+                acts=pack(np.zeros(6, dtype=np.int64), acts),
+                why="sampled",
+                text=words if texts else None,
+            )
+            spool.add([item])
+            if number < marked:
+                newest = spool.newest(Selection(), limit=1)[0].id
+                assert newest is not None
+                spool.mark(newest, "politics", "miss" if positive else "false_positive", reviewer="an analyst")
+    return path
+
+
+def refresh(workshop: Workshop, trained: Trained, spool: Path, out: Path) -> Any:
+    retrain = Retraining(
+        model=workshop.model,
+        tokenizer=workshop.tokenizer,
+        preset=load_preset(str(workshop.write_preset(seed=3))),
+        data=workshop.data,
+    )
+    return refresh_bank(
+        trained.out,
+        spool=spool,
+        model=workshop.model,
+        tokenizer=workshop.tokenizer,
+        out=out,
+        report=lambda *_: None,
+        data=workshop.data,
+        own=[],
+        margin=1.0,
+        retrain=retrain,
+    )
+
+
+def test_rows_are_what_people_said_but_for_what_is_held_out(trained: Trained, tmp_path: Path) -> None:
+    spool = spool_of(tmp_path / "spool.db", trained.bank, texts=True)
+    count = write_traffic(spool, tmp_path / "traffic.jsonl", {"politics"})
+    rows = [json.loads(line) for line in (tmp_path / "traffic.jsonl").read_text().splitlines()]
+    assert len(rows) == count
+    assert (tmp_path / "traffic.jsonl").stat().st_mode & 0o777 == 0o600
+    with Spool.open_for_reading(spool) as opened:
+        kept = {f"traffic-{item.id}": labels for item, labels in opened.marked() if not held_out(item)}
+    labelled = {row["id"]: {name: name in row["domains"] for name in row["known"]} for row in rows if row["known"]}
+    assert labelled == kept
+    assert 0 < len(kept) < 24
+    assert sum(not row["known"] for row in rows) == 6
+
+
+def test_new_features_are_compared_with_the_old_ones_on_the_same_texts(
+    workshop: Workshop, trained: Trained, tmp_path: Path
+) -> None:
+    spool = spool_of(tmp_path / "spool.db", trained.bank, texts=True)
+    found = refresh(workshop, trained, spool, tmp_path / "out")
+    before, after = trained.bank, found.bank
+    assert after.manifest.parent == before.version
+    assert after.manifest.name == before.manifest.name
+    assert after.manifest.hook_points != before.manifest.hook_points  # other SAEs
+    assert TRAFFIC in {record.name for record in after.manifest.corpus}
+    assert found.report["retrained"] is True
+    whole = found.report["fixed"]["the test split"]["politics"]["whole"]["auroc"]
+    assert whole["before"]["value"] == whole["after"]["value"] == 1.0  # each by its own features
+    marks = found.report["fresh"]["politics"]["marks"]
+    marked = [side["marked"] for name in marks.values() for side in name.values()]
+    assert sum(marked) == 24
+    assert min(marked) > 0
+    # What users said is trained on, and is shown nowhere
+    assert not [path for path in (tmp_path / "out" / "bank").iterdir() if WORD.encode() in path.read_bytes()]
+
+
+def test_a_second_run_trains_nothing_again(
+    workshop: Workshop, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = spool_of(tmp_path / "spool.db", trained.bank, texts=True)
+    first = refresh(workshop, trained, spool, tmp_path / "out")
+    monkeypatch.setattr("training.run_state.RunState.advance", lambda *_: pytest.fail("trained again"))
+    assert refresh(workshop, trained, spool, tmp_path / "out").bank.heads == first.bank.heads
+
+
+def test_without_texts_the_error_says_that_the_server_must_keep_them(
+    workshop: Workshop, trained: Trained, tmp_path: Path
+) -> None:
+    spool = spool_of(tmp_path / "spool.db", trained.bank, texts=False)
+    with pytest.raises(DataError, match="--spool-text"):
+        refresh(workshop, trained, spool, tmp_path / "out")
