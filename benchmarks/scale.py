@@ -1,10 +1,12 @@
-"""What Ray costs a harvest, and what a second worker gains: tokens a second in one process, and on 1 and 2 workers.
+"""What Ray costs a harvest, what a second worker gains, and how costs grow with the corpus.
 
-    python -m benchmarks.scale [--data FOLDER] [--tokens 120000] [--rounds 3]
+    python -m benchmarks.scale [--data FOLDER] [--tokens 120000] [--rounds 3] [--curve-tokens 320000]
 
-All arms compute with one thread, on a cluster of this machine, over the same sequences; they take turns, and a ratio is
-of one round. What a worker needs to start is a cost of its own, once a harvest, and stands in the detail: a rate is
-counted from the moment when every worker has made its first shard.
+Tokens a second are of one process, and of 1 and 2 workers. All these arms compute with one thread, on a cluster of this
+machine, over the same sequences; they take turns, and a ratio is of one round. What a worker needs to start is a cost
+of its own, once a harvest, and stands in the detail: a rate is counted from the moment when every worker has made its
+first shard. The curve is of one process with all cores: harvest, and an SAE at each hook point of the shipped preset,
+over 1, 4 and 16 times a corpus.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cost_curve import Cost, cost_curve, preset_runs
 from benchmarks.harvesting import read_text, sequences_of
 from benchmarks.overhead import interleaved
 from benchmarks.results import RESULTS, Figure, write_result
@@ -81,20 +84,40 @@ def figures_of(rates: dict[str, list[float]]) -> dict[str, Figure]:
     return {"ray_overhead": median("here", "ray_1"), "harvest_2_workers_vs_1": median("ray_2", "ray_1")}
 
 
+def curve_figures(costs: Sequence[Cost]) -> dict[str, Figure]:
+    """What a token costs in the largest corpus, and how much more or less that is than in the smallest."""
+    first, last = costs[0], costs[-1]
+    found = {
+        "harvest_tokens_per_s": Figure(value=round(last.tokens / last.harvest_seconds, 1), unit="tokens/s"),
+        "train_tokens_per_s": Figure(value=round(last.tokens / last.train_seconds, 1), unit="tokens/s"),
+        "bytes_per_token": Figure(value=round(last.bytes / last.tokens, 1), unit="bytes"),
+    }
+    for stage in ("harvest", "train"):
+        each = [getattr(cost, f"{stage}_seconds") / cost.tokens for cost in (first, last)]
+        found[f"{stage}_cost_per_token_16x_vs_1x"] = Figure(value=round(each[1] / each[0], 4), unit="ratio")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=None, help="a folder of JSON lines, besides the project's text")
     parser.add_argument("--tokens", type=int, default=120_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--curve-tokens", type=int, default=320_000, help="of the largest corpus of the curve")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     loaded = load_model(device="cpu")
-    sequences, _ = sequences_of(read_text(options.data), loaded.tokenizer, options.tokens)
-    with tempfile.TemporaryDirectory() as scratch, connect("local"):
-        bench = ScaleBench(loaded.model, sequences, Path(scratch))
-        rates = interleaved(bench.arms(), options.rounds)
+    text = read_text(options.data)
+    corpus, _ = sequences_of(text, loaded.tokenizer, options.curve_tokens)
+    sequences, _ = sequences_of(text, loaded.tokenizer, options.tokens)
+    with tempfile.TemporaryDirectory() as scratch:
+        costs = cost_curve(loaded.model, corpus, preset_runs(), Path(scratch))
+        torch.set_num_threads(1)
+        with connect("local"):
+            bench = ScaleBench(loaded.model, sequences, Path(scratch))
+            rates = interleaved(bench.arms(), options.rounds)
     detail = {
+        "curve": [cost._asdict() for cost in costs],
         "tokens": sum(len(s.ids) for s in sequences),
         "hook_name": HOOK_NAME,
         "shard_tokens": SHARD_TOKENS,
@@ -102,7 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokens_per_second": {name: [round(rate, 1) for rate in found] for name, found in rates.items()},
         "start_seconds": {name: [round(s, 2) for s in found] for name, found in bench.start_seconds.items()},
     }
-    print(write_result("scale", figures_of(rates), detail, packages=["ray"], folder=options.out))
+    print(
+        write_result(
+            "scale", {**figures_of(rates), **curve_figures(costs)}, detail, packages=["ray"], folder=options.out
+        )
+    )
 
 
 if __name__ == "__main__":
