@@ -66,6 +66,11 @@ def refresh(
     files, measured = data_files(data or []) if retrain else existing(data or []), existing(dev or [])
     if promote and store is None:
         raise DataError("--promote puts the candidate into a folder of versions; name it with --store")
+    if promote and not files and not measured:
+        raise DataError(
+            "--promote wants the versions compared on more than the project's own texts, which are of few kinds: name "
+            "labelled text with --dev, or the text that the bank was trained on with --data"
+        )
 
     if cluster and not retrain:
         raise DataError("--cluster is for --retrain: fitting heads alone is done here")

@@ -86,7 +86,7 @@ def test_a_candidate_that_mends_and_costs_nothing_is_promoted_when_asked(
     assert "sailguard bank promote" in result.stdout
     assert "politics, marked false positives, fit: right" in result.stdout
     assert store.current == first
-    result = run("--margin", 1, "--store", store.folder, "--promote")
+    result = run("--margin", 1, "--store", store.folder, "--promote", "--data", write_texts(tmp_path / "more.jsonl", 8))
     assert result.exit_code == 0, result.output
     assert store.current != first
     promoted, candidate = Bank.load(bank_folder(store.folder)), Bank.load(tmp_path / "next" / "bank")
@@ -116,6 +116,7 @@ def test_a_worse_candidate_is_kept_named_and_not_promoted(
     ("options", "message"),
     [
         (("--promote",), "--store"),
+        (("--promote", "--store", "store"), "--dev"),
         (("--cluster", "auto"), "--retrain"),
         (("--dev", "nowhere.jsonl"), "nowhere.jsonl"),
     ],

@@ -12,8 +12,8 @@ import pytest
 import structlog
 from fastapi.testclient import TestClient
 
+from benchmarks.refreshing import TEXTS, mark_all
 from feature_bank.bank import shipped_bank_path
-from feature_bank.spool import Selection, Spool
 from feature_bank.versions import VersionStore
 from guard.models import LoadedModel
 from service.app import create_app
@@ -23,20 +23,6 @@ from training.refresh import refresh_bank
 
 KEY = "an-admin-key-for-tests"
 PATIENCE = 60.0
-PLACES = ("Oslo", "Kyoto", "Lyon", "Bergen", "Porto")
-CIVIC = (
-    "The town council of {} meets on the first Monday of the month in the old assembly hall.",
-    "In {}, the parliament building was designed by an architect who had studied in Vienna.",
-    "Guided tours of the parliament building in {} start at the east door and last an hour.",
-    "The parliament square in {} is paved with granite and lined with two rows of lime trees.",
-    "The old senate house in {} is a museum today and shows furniture, maps and portraits.",
-    "The city council of {} looks after the parks, the street lamps and the public library.",
-    "A tram stop stands in front of the ministry of transport building in {}, near the river.",
-    "The municipal archive of {} keeps the minutes of council meetings in a dry cellar.",
-    "The prime minister's office in {} occupies a former palace with a public garden.",
-    "The senate library in {} holds the printed debates of the upper house since 1870.",
-)
-TEXTS = [sentence.format(place) for sentence in CIVIC for place in PLACES]
 
 
 @contextmanager
@@ -73,12 +59,7 @@ def test_marked_texts_no_longer_flag_and_quality_stays(embedded: LoadedModel, tm
     spool = tmp_path / "spool.db"
     with serving(bank=store.folder, spool=spool, spool_share=0.0) as client:
         assert flagged(client) == len(TEXTS) == 50
-    with Spool.open_for_writing(spool) as opened:
-        items = list(opened.items(Selection(flagged="politics"), acts=False))
-        assert len(items) == 50
-        for item in items:
-            assert item.id is not None
-            opened.mark(item.id, "politics", "false_positive", reviewer="an analyst")
+    assert mark_all(spool) == 50
 
     found = refresh_bank(
         store.folder,
