@@ -7,15 +7,18 @@ taxonomy's train pairs and hard negatives.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from feature_bank.sae import SAE
@@ -27,6 +30,7 @@ from training.contrast import MAX_TOKENS, ContrastTexts
 from training.corpus import tokenise
 from training.discovery import auroc
 from training.selected import FeatureKey
+from training.spreading import Spread, Work, here, work_off
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
@@ -76,12 +80,37 @@ class TextModel:
         """The texts that have a token to read."""
         return sorted(self._sequences)
 
+    @property
+    def device(self) -> str:
+        """The type of device that the model is on."""
+        return str(self._device.type)
+
+    def on(self, device: str) -> TextModel:
+        """The same on a type of device: itself if it is there already, else a copy."""
+        if device == self.device:
+            return self
+        found = copy.copy(self)
+        found._model = copy.deepcopy(self._model).to(device)
+        found._device = next(found._model.parameters()).device
+        found._kept = {
+            name: {row: hidden.to(found._device) for row, hidden in rows.items()} for name, rows in self._kept.items()
+        }
+        return found
+
+    def batches(self, rows: Sequence[int]) -> list[list[int]]:
+        """The places in `rows` of the texts that are read together."""
+        return [list(batch) for batch in length_batches([len(self._sequences[row].ids) for row in rows], _BATCH_TOKENS)]
+
     def read(self, rows: Sequence[int], change: Change | None = None) -> Float[FloatArray, "n d_model"]:
         """The mean activation over each text's own tokens, in the order of `rows`."""
         found = np.empty((len(rows), self._model.config.hidden_size), dtype=np.float32)
-        for batch in length_batches([len(self._sequences[row].ids) for row in rows], _BATCH_TOKENS):
+        for batch in self.batches(rows):
             found[batch] = self._batch([rows[i] for i in batch], batch, change)
         return found
+
+    def read_together(self, rows: Sequence[int], change: Change) -> Float[FloatArray, "n d_model"]:
+        """`read` in one batch."""
+        return self._batch(list(rows), list(range(len(rows))), change)
 
     @torch.inference_mode()
     def _batch(self, rows: list[int], items: list[int], change: Change | None) -> FloatArray:
@@ -125,12 +154,28 @@ class Change:
     threshold: Float[Tensor, " items"]
     W_dec: Float[Tensor, "items d_in"]
 
+    @classmethod
+    def ablating(cls, sae: SAE, features: Sequence[int]) -> Change:
+        """Take one of an SAE's features out of each item."""
+        weight, bias, threshold = sae.rows()
+        index = torch.tensor(features)
+        return cls(
+            hook_name=sae.hook_name,
+            W_enc=weight.T[index],
+            b_enc=bias[index],
+            threshold=threshold[index],
+            W_dec=sae.W_dec[index].float(),
+        )
+
     def apply(self, hidden: Float[Tensor, "batch seq d_in"], items: list[int]) -> Float[Tensor, "batch seq d_in"]:
         """The activation without the feature of each row's item."""
         x = hidden.float()
-        pre = (x @ self.W_enc[items][:, :, None])[..., 0] + self.b_enc[items][:, None]
-        acts = torch.where(pre > self.threshold[items][:, None], pre, 0.0)
-        return (x - acts[..., None] * self.W_dec[items][:, None]).to(hidden.dtype)
+        W_enc, b_enc, threshold, W_dec = (
+            part[items].to(x.device) for part in (self.W_enc, self.b_enc, self.threshold, self.W_dec)
+        )
+        pre = (x @ W_enc[:, :, None])[..., 0] + b_enc[:, None]
+        acts = torch.where(pre > threshold[:, None], pre, 0.0)
+        return (x - acts[..., None] * W_dec[:, None]).to(hidden.dtype)
 
 
 def fit_judge(reader: TextModel, texts: ContrastTexts) -> tuple[Judge, dict[int, FloatArray]]:
@@ -164,6 +209,42 @@ def fit_judge(reader: TextModel, texts: ContrastTexts) -> tuple[Judge, dict[int,
     return judge, dict(zip(rows, means, strict=True))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ablated:
+    """Texts that are read in one batch, each without one feature."""
+
+    rows: tuple[int, ...]
+    change: Change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablating(Work[Ablated, list[list[float]]]):
+    """The model, and what the judge says of every text as it is."""
+
+    results = TypeAdapter(list[list[float]])
+    reader: TextModel
+    judge: Judge
+    means: Mapping[int, FloatArray]
+    """By text, (d_model,) its mean activation after the last block."""
+    device: str = "cpu"
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    def on(self, device: str) -> Ablating:
+        """The same with the model on a device."""
+        return replace(self, reader=self.reader.on(device), device=device)
+
+    def marks(self) -> list[Any]:
+        """What the texts give depends on the model: it stands for it."""
+        return [self.means, self.judge]
+
+    def do(self, part: Ablated) -> list[list[float]]:
+        """By text what the ablation adds to the logit of each domain."""
+        before = np.stack([self.means[row] for row in part.rows])
+        ablated = self.reader.read_together(part.rows, part.change)
+        effect: list[list[float]] = (self.judge.logits(ablated) - self.judge.logits(before)).tolist()
+        return effect
+
+
 def ablation_effects(
     reader: TextModel,
     judge: Judge,
@@ -172,40 +253,46 @@ def ablation_effects(
     features: Sequence[FeatureKey],
     strongest: Sequence[Sequence[int]],
     report: Progress,
+    *,
+    spread: Spread = here,
+    kept: Path | None = None,
 ) -> dict[FeatureKey, Causality]:
     """What ablating each feature alone does to the judge's logits, on the texts where it is strongest.
 
     strongest: per feature the texts on which it fires, the strongest first; the first 6 are read, and a feature that
-    has fewer than 3 is missing from the result. The interval is the mean's, mean +- 1.96 standard errors.
+    has fewer than 3 is missing from the result. The interval is the mean's, mean +- 1.96 standard errors. spread: who
+    reads the texts, batch by batch. kept: see `work_off`.
     """
-    found: dict[FeatureKey, Causality] = {}
     chosen = [list(rows[:TEXTS]) for rows in strongest]
-    total = sum(len(rows) for rows in chosen if len(rows) >= MIN_TEXTS)
+    items: list[tuple[int, int]] = []  # (feature, text)
+    batches: list[tuple[str, list[int]]] = []  # of items
+    for hook_name in saes:
+        at = len(items)
+        able = [i for i, (name, _) in enumerate(features) if name == hook_name and len(chosen[i]) >= MIN_TEXTS]
+        items += [(i, row) for i in able for row in chosen[i]]
+        read = reader.batches([row for _, row in items[at:]])
+        batches += [(hook_name, [at + place for place in batch]) for batch in read]
     done = 0
-    for hook_name, sae in saes.items():
-        here = [i for i, (name, _) in enumerate(features) if name == hook_name and len(chosen[i]) >= MIN_TEXTS]
-        if not here:
-            continue
-        items = [(i, row) for i in here for row in chosen[i]]
-        weight, bias, threshold = sae.rows()
-        index = torch.tensor([features[i][1] for i, _ in items])
-        change = Change(
-            hook_name=hook_name,
-            W_enc=weight.T[index],
-            b_enc=bias[index],
-            threshold=threshold[index],
-            W_dec=sae.W_dec[index].float(),
+
+    def part(number: int) -> Ablated:
+        hook_name, batch = batches[number]
+        return Ablated(
+            rows=tuple(items[item][1] for item in batch),
+            change=Change.ablating(saes[hook_name], [features[items[item][0]][1] for item in batch]),
         )
-        rows = [row for _, row in items]
-        ablated = reader.read(rows, change)
-        done += len(rows)
-        report(done, total, f"{len(here):,} features at {hook_name}")
-        before = np.stack([means[row] for row in rows])
-        effect = judge.logits(ablated) - judge.logits(before)
-        owner = np.array([i for i, _ in items])
-        for i in here:
-            found[features[i]] = _summary(effect[owner == i], judge.domains)
-    return found
+
+    def say(number: int) -> None:
+        nonlocal done
+        done += len(batches[number][1])
+        report(done, len(items), f"{len({feature for feature, _ in items}):,} features")
+
+    work = Ablating(reader=reader, judge=judge, means=means, device=reader.device)
+    found = work_off(work, len(batches), part, spread=spread, kept=kept, on_part=say)
+    effects = np.empty((len(items), len(judge.domains)), dtype=np.float32)
+    for (_, batch), effect in zip(batches, found, strict=True):
+        effects[batch] = effect
+    owner = np.array([feature for feature, _ in items], dtype=np.int64)
+    return {features[i]: _summary(effects[owner == i], judge.domains) for i in dict.fromkeys(owner.tolist())}
 
 
 def _summary(effect: FloatArray, domains: Sequence[Domain]) -> Causality:

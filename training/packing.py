@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from training.heads import (
 )
 from training.records import describe
 from training.selected import FeatureKey, Selection, TrainedHook, feature_id
+from training.spreading import Spread, here
 from training.steering import steering_features, steering_shares
 from training.streaming import fit_streaming_head
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 Report = Callable[[str, int, int, str], None]
+DESCRIBED_FOLDER = "described"
 CANARY_FEATURES = 32
 CANARY_TOLERANCE = 0.2  # bfloat16 moves the activations by a few per cent; another model by far more
 
@@ -56,8 +59,12 @@ def build_bank(
     work: Path,
     manifest: Mapping[str, Any],
     report: Report,
+    spread: Spread = here,
 ) -> Bank:
     """Choose candidates, describe and judge each, fit heads on those that are admitted, calibrate and write.
+
+    spread: who describes the candidates. What is described is kept under `work` until the bank is written, so that an
+    interruption does not cost it.
 
     Raises DataError if too few features are admitted for any domain's head.
     """
@@ -91,6 +98,8 @@ def build_bank(
         preset.admission,
         preset.seed,
         report,
+        spread=spread,
+        kept=work / DESCRIBED_FOLDER / str(manifest["tool_version"]),
     )
     by_key = dict(zip(candidates.keys, records, strict=True))
     admitted = {key: record for key, record in by_key.items() if record.admitted}
@@ -123,6 +132,7 @@ def build_bank(
         heads=fit.heads,
         rows=rows,
     )
+    shutil.rmtree(work / DESCRIBED_FOLDER, ignore_errors=True)
     report("pack", 1, 1, str(out))
     return bank
 

@@ -232,6 +232,7 @@ def train_bank(
         work=work,
         manifest=manifest_head(preset, identity, prepared.records),
         report=report,
+        spread=stages.spread,
     )
 
 

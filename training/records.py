@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from training.explain.segmented import SegmentedText
 from training.harvest import Harvest
 from training.selected import FeatureKey, Selection, TrainedHook, feature_id
 from training.simulation.fidelity import score_features
+from training.spreading import Spread, here
 
 Report = Callable[[str, int, int, str], None]
 BINS = 20
@@ -45,8 +47,15 @@ def describe(
     rules: AdmissionRules,
     seed: int,
     report: Report,
+    *,
+    spread: Spread = here,
+    kept: Path | None = None,
 ) -> tuple[list[FeatureRecord], dict[str, float]]:
-    """One record a feature of `selection`, judged by `rules`; and the causal judge's own AUROC by domain."""
+    """One record a feature of `selection`, judged by `rules`; and the causal judge's own AUROC by domain.
+
+    spread: who ablates, explains and scores the features, a few at a time. kept: where this is kept until all is done,
+    see `work_off`.
+    """
     keys, acts = selection.keys, selection.acts
     scores = detection_scores(
         np.stack([pooled[name][:, i] for name, i in keys], axis=1).astype(np.float32),
@@ -61,11 +70,15 @@ def describe(
     duplicates = near_duplicates(selection)
     showable = showable_tokens([*documents, *contrasts.texts.documents], tokenizer)
     promoted = _promoted(model, hooks, keys, showable)
-    causality, judge = _causality(keys, hooks, domains, on_pairs, contrasts, model, tokenizer, report)
+    causality, judge = _causality(keys, hooks, domains, on_pairs, contrasts, model, tokenizer, report, spread, kept)
 
-    explained = explain_features(acts, keys, text, contrasts.taxonomy, tokenizer, seed=seed, report=report)
+    explained = explain_features(
+        acts, keys, text, contrasts.taxonomy, tokenizer, seed=seed, report=report, spread=spread, kept=kept
+    )
     predicates = [e.explanation.predicate for e in explained if e.explanation.predicate is not None]
-    fidelity = score_features(acts, keys, predicates, text, contrasts.taxonomy, seed=seed, report=report)
+    fidelity = score_features(
+        acts, keys, predicates, text, contrasts.taxonomy, seed=seed, report=report, spread=spread, kept=kept
+    )
 
     own = np.flatnonzero([documents[d].source == OWN_SOURCE and documents[d].split != "test" for d in cache.documents])
     own_ids, own_documents = cache.token_ids[own], cache.documents[own]
@@ -119,6 +132,8 @@ def _causality(
     model: Any,
     tokenizer: Any,
     report: Report,
+    spread: Spread,
+    kept: Path | None,
 ) -> tuple[dict[FeatureKey, Causality], dict[str, float]]:
     """What ablating each feature that finds a domain does; features that find none are left out."""
     reader = TextModel(model, tokenizer, contrasts.texts, [hook.sae.hook_name for hook in hooks])
@@ -132,6 +147,8 @@ def _causality(
         [keys[i] for i in tagged],
         [on_pairs.strongest(i, TEXTS) for i in tagged],
         lambda done, total, detail: report("ablate", done, total, detail),
+        spread=spread,
+        kept=kept,
     )
     return effects, {f"judge_auroc_{domain}": value for domain, value in judge.test_auroc.items()}
 

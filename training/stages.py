@@ -1,4 +1,4 @@
-"""Who does the two heavy stages: this process, or a cluster.
+"""Who does the heavy stages: this process, or a cluster.
 
 Both keep the signatures of the functions that do the work here, and give the same files.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from training.cache import Harvest
 from training.harvest import harvest
+from training.simulation.llm_run import LlmRun, run
+from training.spreading import Spread, here
 from training.trainer import TrainedSae, train_saes
 
 
@@ -19,7 +21,11 @@ class Stages:
 
     harvest: Callable[..., Harvest] = harvest
     train_saes: Callable[..., list[TrainedSae]] = train_saes
+    spread: Spread = here
+    """Ablates, explains and scores features, a few at a time."""
+    explain: Callable[..., LlmRun] = run
+    """Has a language model explain features."""
 
 
 HERE = Stages()
-"""Both in this process."""
+"""All in this process."""

@@ -9,28 +9,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 from scipy import sparse
 
 from feature_bank.errors import DataError
 from feature_bank.schema import Explainer, Predicate, Term
 from feature_bank.taxonomy import Taxonomy
+from training.columns import Columns, Parted
 from training.explain.interface import Explanation
 from training.explain.lexicality import kind_of, lexicality
 from training.explain.lexicons import Lexicon, concept_lexicons
-from training.explain.predicates import fit_predicates, frequent_ngrams
+from training.explain.predicates import fit_predicates, frequent_ngrams, frequent_terms
 from training.explain.segmented import FIRES, SegmentedText
+from training.explain.segments import Segments
 from training.explain.terms import trigger_tokens
 from training.explain.vocabulary import Vocabulary, showable_vocabulary
 from training.explain.wording import wording
-from training.selected import FeatureKey, feature_id
+from training.selected import FeatureKey
+from training.spreading import Spread, Work, here, work_off
 
 Report = Callable[[str, int, int, str], None]
 SHOWN = 8  # tokens and n-grams listed beside the explanation
-_BLOCK = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,54 @@ class ExplainedFeature:
     kind: Literal["lexical", "conceptual"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Explaining(Work[Columns, list[ExplainedFeature]]):
+    """What the explanations of all features are made from, beside their own activations."""
+
+    results = TypeAdapter(list[ExplainedFeature])
+    segments: Segments
+    """Of the discovery split."""
+    segments_held: Segments
+    """Of the calibration split."""
+    present: sparse.csc_matrix
+    """(segments, terms) which terms occur where, of those that are frequent enough to stand for a feature."""
+    present_held: sparse.csc_matrix
+    vocabulary: Vocabulary
+    token_ids: npt.NDArray[np.int64]
+    """(tokens,) of the whole harvest."""
+    rows: npt.NDArray[np.int64]
+    """The tokens of the discovery split."""
+    rows_held: npt.NDArray[np.int64]
+    """The tokens of the calibration split."""
+    showable: dict[int, str]
+    """Texts of the tokens that may be named."""
+    seed: int
+
+    def do(self, part: Columns) -> list[ExplainedFeature]:
+        """One explanation a feature."""
+        acts = part.acts
+        fires = self.segments.maxima(acts) >= FIRES
+        held = self.segments_held.maxima(acts) >= FIRES
+        documents = self.segments.documents
+        shares = lexicality(acts, self.token_ids, self.rows, self.rows_held)
+        triggers = trigger_tokens(
+            sparse.csr_matrix(acts[self.rows] >= FIRES), self.token_ids[self.rows], self.showable, top=SHOWN
+        )
+        ngrams = frequent_ngrams(fires, self.present, documents, self.vocabulary, top=SHOWN)
+        seeds = [_seed(self.seed, key) for key in part.keys]
+        predicates = fit_predicates(fires, held, self.present, self.present_held, self.vocabulary, seeds=seeds)
+        return [
+            ExplainedFeature(
+                explanation=explanation_of(predicate, self.vocabulary.lexicons, seed=self.seed),
+                trigger_tokens=triggers[i],
+                ngrams=next(ngrams),
+                lexicality=round(float(shares[i]), 4),
+                kind=kind_of(float(shares[i])),
+            )
+            for i, predicate in enumerate(predicates)
+        ]
+
+
 def explain_features(
     acts: npt.NDArray[np.float16],
     keys: Sequence[FeatureKey],
@@ -55,10 +107,13 @@ def explain_features(
     *,
     seed: int,
     report: Report | None = None,
+    spread: Spread = here,
+    kept: Path | None = None,
 ) -> list[ExplainedFeature]:
     """One explanation a feature, in order; each depends on its own activations and the seed, not on the other features.
 
-    acts: (tokens, F) normalised activations of the whole harvest, zero where the feature does not fire.
+    acts: (tokens, F) normalised activations of the whole harvest, zero where the feature does not fire. spread: who
+    explains the features, a few at a time. kept: see `work_off`.
 
     Raises DataError if no document lies in the discovery split. Without calibration documents, discovery stands in.
     """
@@ -69,35 +124,27 @@ def explain_features(
         raise DataError("no document lies in the discovery split, so nothing can be explained; give more text")
     if not len(held):
         held = fitted
-    present = vocabulary.occurrences(text.segments.take(fitted), text.texts).by_segment
-    present_held = vocabulary.occurrences(text.segments.take(held), text.texts).by_segment
-    fires = text.segments.take(fitted).maxima(acts) >= FIRES
-    rows, rows_held = text.rows("discovery"), text.rows("calibration")
-    shares = lexicality(acts, text.token_ids, rows, rows_held)
-    triggers = _triggers(acts, rows, text, vocabulary, tokenizer)
-    ngrams = frequent_ngrams(fires, present, text.segments.documents[fitted], vocabulary, top=SHOWN)
-    predicates = fit_predicates(
-        fires,
-        text.segments.take(held).maxima(acts) >= FIRES,
-        present,
-        present_held,
-        vocabulary,
-        seeds=[_seed(seed, key) for key in keys],
+    segments, segments_held = text.segments.take(fitted), text.segments.take(held)
+    rows = text.rows("discovery")
+    present = vocabulary.occurrences(segments, text.texts).by_segment
+    frequent = frequent_terms(present)
+    work = Explaining(
+        segments=segments,
+        segments_held=segments_held,
+        present=present[:, frequent].tocsc(),
+        present_held=vocabulary.occurrences(segments_held, text.texts).by_segment[:, frequent].tocsc(),
+        vocabulary=Vocabulary(terms=tuple(vocabulary.terms[i] for i in frequent), lexicons=lexicons),
+        token_ids=text.token_ids,
+        rows=rows,
+        rows_held=text.rows("calibration"),
+        showable=_showable(text.token_ids[rows], vocabulary, tokenizer),
+        seed=seed,
     )
-    found = []
-    for i, predicate in enumerate(predicates):
-        found.append(
-            ExplainedFeature(
-                explanation=explanation_of(predicate, lexicons, seed=seed),
-                trigger_tokens=triggers[i],
-                ngrams=next(ngrams),
-                lexicality=round(float(shares[i]), 4),
-                kind=kind_of(float(shares[i])),
-            )
-        )
-        if report is not None and ((i + 1) % 25 == 0 or i + 1 == len(keys)):
-            report("explain", i + 1, len(keys), feature_id(keys[i]))
-    return found
+    parts = Parted(acts, keys)
+    found = work_off(
+        work, len(parts), parts.__getitem__, spread=spread, kept=kept, on_part=parts.counted(report, "explain")
+    )
+    return [explained for part in found for explained in part]
 
 
 def explanation_of(predicate: Predicate, lexicons: Mapping[str, Lexicon], *, seed: int | None = None) -> Explanation:
@@ -112,19 +159,7 @@ def _seed(seed: int, key: FeatureKey) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {key[0]} {key[1]}".encode()).digest()[:8])
 
 
-def _triggers(
-    acts: npt.NDArray[np.float16],
-    rows: npt.NDArray[np.int64],
-    text: SegmentedText,
-    vocabulary: Vocabulary,
-    tokenizer: Any,
-) -> list[list[Term]]:
-    token_ids = text.token_ids[rows]
+def _showable(token_ids: npt.NDArray[np.int64], vocabulary: Vocabulary, tokenizer: Any) -> dict[int, str]:
     known = {term.text for term in vocabulary.terms if term.kind == "token"}
     decoded = {token: tokenizer.decode([token]) for token in np.unique(token_ids).tolist()}
-    showable = {token: piece for token, piece in decoded.items() if piece.strip() in known}
-    found: list[list[Term]] = []
-    for first in range(0, acts.shape[1], _BLOCK):
-        fires = sparse.csr_matrix(acts[rows, first : first + _BLOCK] >= FIRES)
-        found += trigger_tokens(fires, token_ids, showable, top=SHOWN)
-    return found
+    return {token: piece for token, piece in decoded.items() if piece.strip() in known}

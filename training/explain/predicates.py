@@ -40,7 +40,7 @@ def fit_predicates(
     Terms are screened over all segments by the z-score of their smoothed log-odds, more and less frequent ones alike,
     under control of the false discovery rate, and then chosen one by one.
     """
-    frequent = np.flatnonzero(np.asarray(present.sum(0)).ravel() >= LEAST_SEGMENTS)
+    frequent = frequent_terms(present)
     present, present_held = present[:, frequent].tocsc(), present_held[:, frequent].tocsc()
     totals = np.asarray(present.sum(0), dtype=np.float64).ravel()
     for number, inside in _counted(fires, present):
@@ -53,6 +53,11 @@ def fit_predicates(
             np.random.default_rng(seeds[number]),
         )
         yield _predicate(fit, [vocabulary.terms[frequent[column]] for column in chosen])
+
+
+def frequent_terms(present: sparse.csr_matrix) -> npt.NDArray[np.int64]:
+    """The columns of the terms that occur in enough segments. present: (segments, terms)."""
+    return np.flatnonzero(np.asarray(present.sum(0)).ravel() >= LEAST_SEGMENTS)
 
 
 def frequent_ngrams(

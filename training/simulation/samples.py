@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.explain.segmented import FIRES, SegmentedText, grade
+from training.explain.segments import Segments
 from training.selected import FeatureKey
 
 SEGMENTS = 400  # a correlation of 0.2 happens by chance 14 % of the time among 40 segments, 0.2 % among 200
@@ -56,15 +57,29 @@ def choose_samples(
     segments: int = SEGMENTS,
     firing: int = FIRING,
 ) -> Iterator[Sample]:
+    """One sample a feature, in order, of the test split: see `samples_among`."""
+    test = text.numbers("test")
+    return samples_among(acts, keys, test, text.segments.take(test), seed=seed, segments=segments, firing=firing)
+
+
+def samples_among(
+    acts: npt.NDArray[np.float16],
+    keys: Sequence[FeatureKey],
+    test: IntArray,
+    chosen: Segments,
+    *,
+    seed: int,
+    segments: int = SEGMENTS,
+    firing: int = FIRING,
+) -> Iterator[Sample]:
     """One sample a feature, in order.
 
     Of the segments on which it fires at most `firing` are taken, evenly over their strengths; of the others, at random,
     as many as make `segments` in all. Fewer than that there are only if the test split has no more.
 
-    acts: (tokens, F) normalised activations of the whole harvest.
+    acts: (tokens, F) normalised activations of the whole harvest. test, chosen: the segments of the test split and their
+    numbers in the text, rising.
     """
-    test = text.numbers("test")
-    chosen = text.segments.take(test)
     maxima = chosen.maxima(acts)
     for i, key in enumerate(keys):
         generator = np.random.default_rng(_seed(seed, key))
