@@ -47,8 +47,8 @@ class Work(ABC, Generic[P, R]):
         with threadpool_limits(1, user_api="blas") if self.threads == 1 else nullcontext():
             return self.do(part)
 
-    def on(self, device: str) -> Self:
-        """The same work on a device; itself if it makes no use of one."""
+    def on(self, device: str) -> Self:  # noqa: ARG002  # most compute on CPUs alone
+        """The same work on a type of device."""
         return self
 
     def marks(self) -> Iterable[Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from feature_bank.errors import SailguardError
+from service.commands.cluster import ClusterOption, stages_on
 from service.commands.options import JsonOption
 from service.commands.stages import StageReport
 from service.commands.terminal import error_console, output_console, plain, print_json
@@ -61,6 +62,10 @@ def explain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and send nothing.")] = False,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one call.")] = 120.0,
     workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Calls under way at once.")] = 1,
+    per_minute: Annotated[
+        int | None, typer.Option("--per-minute", min=1, metavar="N", help="Most calls begun within any minute.")
+    ] = None,
+    cluster: ClusterOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Have a language model explain features, through any OpenAI-compatible endpoint.
@@ -71,7 +76,7 @@ def explain(
     from feature_bank.bank import Bank
     from training.explain.endpoint import ChatEndpoint
     from training.explain.material import MATERIAL_FILE, load_material
-    from training.simulation.llm_run import estimate, run
+    from training.simulation.llm_run import estimate
 
     levels: list[Level] = []
     if simulate in (Simulate.TOKEN, Simulate.BOTH):
@@ -86,21 +91,25 @@ def explain(
         raise SailguardError(f"{work / MATERIAL_FILE}: nothing on feature {unknown[0]}; is it this bank's work folder?")
     evidence = [material[id_].evidence for id_ in wanted]
     segments = {id_: material[id_].segments for id_ in wanted}
-    with ChatEndpoint(
-        endpoint,
-        model,
-        cache=work / CACHE_FOLDER,
-        api_key_env=api_key_env,
-        max_calls=max_calls,
-        max_tokens=max_tokens,
-        timeout=timeout,
-        workers=workers,
-    ) as chat:
+    with (
+        stages_on(None if dry_run else cluster) as stages,
+        ChatEndpoint(
+            endpoint,
+            model,
+            cache=work / CACHE_FOLDER,
+            api_key_env=api_key_env,
+            max_calls=max_calls,
+            max_tokens=max_tokens,
+            timeout=timeout,
+            workers=workers,
+            per_minute=per_minute,
+        ) as chat,
+    ):
         if dry_run:
             _print_estimates(estimate(evidence, segments, endpoint=chat, levels=levels), as_json)
             return
         with StageReport() as report:
-            done = run(evidence, segments, endpoint=chat, levels=levels, report=report)
+            done = stages.explain(evidence, segments, endpoint=chat, levels=levels, report=report)
     _write(out, done.rows)
     if as_json:
         print_json(done.summary | {"stopped": None if done.stopped is None else plain(str(done.stopped))})

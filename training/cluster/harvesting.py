@@ -19,11 +19,11 @@ import torch
 from feature_bank.errors import DataError, SailguardError
 from training.cache import MANIFEST, shard_path
 from training.cluster.connection import Room, import_ray, own_version, room
+from training.cluster.pool import work_off_tables
 from training.cluster.shared import await_file, check_shared
 from training.corpus import TokenSequence
 from training.harvest import Harvest, Missing, ShardMaker, harvest
 
-TASKS_AHEAD = 2  # shards that an actor has at hand: one in work, one waiting
 logger = logging.getLogger(__name__)
 
 
@@ -86,35 +86,18 @@ def make_on_cluster(
     held = ray.put(copy.deepcopy(model).cpu() if device.type != "cpu" else model)
     tables = [pack(number, members) for number, members in missing]
     workers = min(places.workers, len(tables), max_workers or places.workers)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    dataset = ray.data.from_arrow(tables).map_batches(
+    found = work_off_tables(
         ShardActor,
-        # In a list, where Ray leaves it a reference
-        fn_constructor_args=([held], maker, device.type, places.cpus, own_version()),
-        batch_size=1,
-        batch_format="pyarrow",
-        # From one: what a lost machine held in hand goes to others once they have nothing else to do
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=TASKS_AHEAD
-        ),
-        num_cpus=places.cpus,
-        num_gpus=places.gpus,
+        ([held], maker, device.type, places.cpus, own_version()),
+        tables,
+        places,
+        workers=workers,
+        kept="finished shards are kept",
     )
     del tables
-    try:
-        for found in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for number, error in zip(found["number"].to_pylist(), found["error"].to_pylist(), strict=True):
-                if error:
-                    raise DataError(error)
-                await_file(shard_path(maker.folder, number))
-                yield number
-    except ray.exceptions.RayError as e:
-        reason = " ".join(str(e).split())[-400:]
-        raise DataError(
-            f"the cluster could not go on ({reason}); finished shards are kept: run the same command again"
-        ) from e
+    for row in found:
+        await_file(shard_path(maker.folder, row["number"]))
+        yield row["number"]
 
 
 def pack(number: int, sequences: Sequence[TokenSequence]) -> Any:

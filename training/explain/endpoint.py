@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from training.explain.replies import TEMPERATURE, ChatReply, ChatRequest, ReplyCache, estimate_tokens
-from training.explain.spending import EndpointError, Meter, Usage
+from training.explain.spending import EndpointError, Meter, Pace, Usage
 from training.explain.wire import Answer, NoAnswerError, check_url, connect, judge, post, read_completion, read_key
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class ChatEndpoint:
     retries: attempts after the first, for 429, 5xx, timeouts, broken connections and answers that are no chat
     completion; the waits between them double from `backoff` seconds, or are what the server asks for, up to a ceiling.
     workers: requests under way at once. The replies do not depend on it.
+    per_minute: calls begun within any minute, those that fail included; None is no limit.
 
     Raises `EndpointError` for a URL or a key that cannot be used.
     """
@@ -65,6 +66,7 @@ class ChatEndpoint:
         retries: int = 4,
         backoff: float = 1.0,
         workers: int = 1,
+        per_minute: int | None = None,
     ) -> None:
         self.url = check_url(base_url)
         self.model = model
@@ -73,6 +75,7 @@ class ChatEndpoint:
         """Answer from the cache alone; what is not there is `not_asked`."""
         self._key = read_key(api_key_env)
         self._meter = Meter(max_calls=max_calls, max_tokens=max_tokens)
+        self._pace = Pace(per_minute)
         self._timeout, self._retries, self._backoff, self._workers = timeout, retries, backoff, workers
         self._client: httpx.Client | None = None
         self._lock = threading.Lock()
@@ -98,6 +101,29 @@ class ChatEndpoint:
     def usage(self) -> Usage:
         """What this object sent, and what it cost. Replies from the cache cost nothing."""
         return self._meter.usage
+
+    @property
+    def workers(self) -> int:
+        """Requests under way at once, at most."""
+        return self._workers
+
+    @property
+    def understood(self) -> bool:
+        """Whether it is known in which form the server takes requests."""
+        return self._json_mode is not None
+
+    def stop(self) -> None:
+        """Answer from the cache alone from now on; what waits to be sent again is given up. Safe from any thread."""
+        with self._lock:
+            self.offline = True
+            self._stopped.set()
+
+    def reply(self, request: ChatRequest) -> ChatReply:
+        """Put one question, for a caller that keeps to `workers` by itself. Safe from several threads.
+
+        Raises `EndpointError` as it comes, without a word on what is kept.
+        """
+        return self._reply(request.key(self.model), request)
 
     def ask(self, request: ChatRequest) -> ChatReply:
         """Put one question. See `ask_all`."""
@@ -223,6 +249,9 @@ class ChatEndpoint:
         reserved = prompt + request.max_answer
         client = self._connect()
         self._meter.reserve(reserved)
+        if not self._pace.wait(self._stopped):
+            self._meter.release(reserved)
+            raise NoAnswerError("all was stopped", sent=False)
         # A call that went out and has no usable answer may have been worked on: it counts for all that it might cost.
         spent = ChatReply(status="refused", prompt_tokens=prompt, completion_tokens=request.max_answer, estimated=True)
         try:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 
 from feature_bank.schema import Explainer
 from training.explain.answers import clean_text, read_object
-from training.explain.endpoint import ChatEndpoint
 from training.explain.interface import Explanation, FeatureEvidence
 from training.explain.prompts import MAX_EXPLANATION_CHARS, PROMPT_BUDGET, explanation_prompt
-from training.explain.replies import ChatReply, ChatRequest
+from training.explain.replies import Answerer, ChatReply, ChatRequest
 
 MAX_ANSWER = 200
 """Tokens that an answer may have."""
@@ -28,7 +27,7 @@ class LlmExplainer:
 
     def __init__(
         self,
-        endpoint: ChatEndpoint,
+        endpoint: Answerer,
         *,
         budget: int = PROMPT_BUDGET,
         report: Callable[[int, int], None] | None = None,

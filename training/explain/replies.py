@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal, Protocol, TypeGuard
 
 from feature_bank.atomic import atomic_file
 
@@ -72,6 +72,21 @@ class ChatReply:
     def tokens(self) -> int:
         """Prompt and answer together."""
         return self.prompt_tokens + self.completion_tokens
+
+
+class Answerer(Protocol):
+    """Whoever answers questions: an endpoint, or what stands between it and those who share it."""
+
+    @property
+    def model(self) -> str:
+        """The name of the model that answers."""
+        ...
+
+    def ask_all(
+        self, requests: Sequence[ChatRequest], *, report: Callable[[int, int], None] | None = None
+    ) -> list[ChatReply]:
+        """The replies, in the order of the requests; `report(done, total)` is called now and then."""
+        ...
 
 
 class ReplyCache:

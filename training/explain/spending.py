@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from feature_bank.errors import SailguardError
+
+MINUTE = 60.0
 
 
 class EndpointError(SailguardError):
@@ -78,8 +83,40 @@ class Meter:
             self._usage = _add(self._usage, prompt=prompt, completion=completion, estimated=int(estimated))
             self._changed.notify_all()
 
+    def release(self, reserved: int) -> None:
+        """Take back a call that was not made after all."""
+        with self._changed:
+            self._reserved -= reserved
+            self._usage = _add(self._usage, calls=-1)
+            self._changed.notify_all()
+
     def _passes(self, tokens: int) -> bool:
         return self.max_tokens is not None and self._usage.tokens + self._reserved + tokens > self.max_tokens
+
+
+class Pace:
+    """Lets no more than so many calls begin within any minute; None lets all. Safe to share between threads."""
+
+    def __init__(self, per_minute: int | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        self._begun: deque[float] = deque()
+        self._lock = threading.Lock()
+
+    def wait(self, stopped: threading.Event) -> bool:
+        """Wait until the next call may begin; False if all was stopped before."""
+        if self._per_minute is None:
+            return True
+        with self._lock:  # whoever came later waits behind
+            while True:
+                now = self._clock()
+                while self._begun and now - self._begun[0] >= MINUTE:
+                    self._begun.popleft()
+                if len(self._begun) < self._per_minute:
+                    self._begun.append(now)
+                    return True
+                if stopped.wait(self._begun[0] + MINUTE - now):
+                    return False
 
 
 def _add(usage: Usage, *, calls: int = 0, prompt: int = 0, completion: int = 0, estimated: int = 0) -> Usage:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.explain.endpoint import ChatEndpoint
-from training.explain.replies import ChatRequest
+from training.explain.replies import Answerer, ChatRequest
 from training.simulation.prompts import (
     MAX_VALUE,
     PROMPT_BUDGET,
@@ -71,7 +70,7 @@ class LlmSimulator:
 
     def __init__(
         self,
-        endpoint: ChatEndpoint,
+        endpoint: Answerer,
         *,
         form: Form = "list",
         budget: int = PROMPT_BUDGET,

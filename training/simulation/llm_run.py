@@ -9,7 +9,8 @@ from typing import Any
 from training.explain.endpoint import ChatEndpoint, Estimate
 from training.explain.interface import Explanation, FeatureEvidence
 from training.explain.llm import LlmExplainer
-from training.explain.spending import EndpointError
+from training.explain.replies import Answerer
+from training.explain.spending import EndpointError, Usage
 from training.simulation.llm import LlmSimulator, SegmentText, Simulation, correlation, truths
 from training.simulation.prompts import Level
 
@@ -44,21 +45,32 @@ def run(
     """
     stopped = None
     try:
-        found = _pass(evidence, segments, endpoint, levels, report)
+        rows = answered_rows(evidence, segments, endpoint=endpoint, levels=levels, report=report)
     except EndpointError as error:
         stopped = error
         endpoint.offline = True
         try:
-            found = _pass(evidence, segments, endpoint, levels, None)
+            rows = answered_rows(evidence, segments, endpoint=endpoint, levels=levels)
         finally:
             endpoint.offline = False
-    explanations, unasked, simulations = found
-    rows = [
+    return LlmRun(rows=rows, summary=summarise(rows, len(evidence), levels, endpoint.usage), stopped=stopped)
+
+
+def answered_rows(
+    evidence: Sequence[FeatureEvidence],
+    segments: Mapping[str, Sequence[SegmentText]],
+    *,
+    endpoint: Answerer,
+    levels: Sequence[Level] = (),
+    report: Report | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of `LlmRun` of the features that were asked about. Raises what `endpoint.ask_all` raises."""
+    explanations, unasked, simulations = _pass(evidence, segments, endpoint, levels, report)
+    return [
         _row(feature.id, explanations.get(feature.id), simulations, segments, endpoint.model)
         for feature in evidence
         if feature.id not in unasked
     ]
-    return LlmRun(rows=rows, summary=_summary(rows, len(evidence), levels, endpoint), stopped=stopped)
 
 
 def estimate(
@@ -93,7 +105,7 @@ def estimate(
 def _pass(
     evidence: Sequence[FeatureEvidence],
     segments: Mapping[str, Sequence[SegmentText]],
-    endpoint: ChatEndpoint,
+    endpoint: Answerer,
     levels: Sequence[Level],
     report: Report | None,
 ) -> tuple[dict[str, Explanation], set[str], dict[Level, dict[str, Simulation]]]:
@@ -145,10 +157,8 @@ def _row(
     }
 
 
-def _summary(
-    rows: Sequence[dict[str, Any]], features: int, levels: Sequence[Level], endpoint: ChatEndpoint
-) -> dict[str, Any]:
-    usage = endpoint.usage
+def summarise(rows: Sequence[dict[str, Any]], features: int, levels: Sequence[Level], usage: Usage) -> dict[str, Any]:
+    """The summary of `LlmRun`. features: how many were to be asked about."""
     summary: dict[str, Any] = {
         "features": features,
         "explained": sum(row["explanation"] is not None for row in rows),

@@ -77,8 +77,8 @@ def samples_among(
     Of the segments on which it fires at most `firing` are taken, evenly over their strengths; of the others, at random,
     as many as make `segments` in all. Fewer than that there are only if the test split has no more.
 
-    acts: (tokens, F) normalised activations of the whole harvest. test, chosen: the segments of the test split and their
-    numbers in the text, rising.
+    acts: (tokens, F) normalised activations of the whole harvest. test, chosen: the segments of the test split, their
+    numbers in the text rising.
     """
     maxima = chosen.maxima(acts)
     for i, key in enumerate(keys):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from feature_bank.errors import DataError
 from tests.training import samples
 from tests.training.samples import TOY_HOOKS, toy_harvest, toy_sequences
 from training.cache import Harvest
 from training.reader import ActivationReader
 from training.runs import SaeRun, TrainerConfig
+from training.spreading import Work
 
 RAY = [pytest.mark.ray, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")]  # its own, not ours
 SEQUENCES = 60
@@ -66,3 +71,26 @@ def saes(epochs: int = 1) -> list[SaeRun]:
         for hook in TOY_HOOKS
         for expansion in (2, 3)
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slowly(Work[int, list[int]]):
+    """Squares numbers, slowly, and writes down each time that it does."""
+
+    results = TypeAdapter(list[int])
+    folder: Path
+    bad: int | None = None
+
+    def do(self, part: int) -> list[int]:
+        if part == self.bad:
+            raise DataError(f"part {part} cannot be done")
+        time.sleep(PAUSE)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"done-{part}-", delete=False):
+            return [part, part * part]
+
+    def marks(self) -> list[Any]:
+        return []
+
+    def done(self) -> list[str]:
+        """What was done, as often as it was."""
+        return sorted(path.name for path in self.folder.glob("done-*"))
