@@ -36,7 +36,8 @@ from training.sweep import PREFIX, Reporter
 from training.trainer import SaeRun, TrainerConfig
 
 _HERE = Path(__file__).parent
-# What the stages that keep results (activations, SAEs) depend on; the later ones are made anew each time.
+# What the stages that keep results (activations, SAEs) depend on; the later ones are made anew each time,
+# but for what an interrupted one had described, which depends on all that it was made from.
 _CACHED = {"hook_points", "labelled_tokens", "general_tokens", "general_budget", "sae", "seed", "own_corpora"}
 
 

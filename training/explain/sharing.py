@@ -93,11 +93,14 @@ class SharedEndpoint:
         return future
 
     def _reply(self, request: ChatRequest) -> ChatReply:
+        # What the server accepts, and whether it does, is found out by one call, not by several at once
+        with self._first:
+            if not self._endpoint.understood:
+                return self._put(request)
+        return self._put(request)
+
+    def _put(self, request: ChatRequest) -> ChatReply:
         try:
-            # What the server accepts is found out by one call, not by several at once
-            with self._first:
-                if not self._endpoint.understood:
-                    return self._endpoint.reply(request)
             return self._endpoint.reply(request)
         except Exception as error:  # noqa: BLE001  # one question's is everybody's: the caller is told by `failure`
             with self._lock:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,8 @@ def test_a_driver_that_is_stopped_goes_on_with_what_is_finished(
 
 def test_what_no_other_worker_would_avoid_is_said_at_once(cluster: TwoNodes, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="part 3 cannot be done"):
-        work_off(Slowly(folder=tmp_path, bad=3), 1000, int, spread=spread_on_cluster)
-    assert len(work_done := Slowly(folder=tmp_path).done()) < 100, work_done
+        work_off(Slowly(folder=tmp_path, bad=3), 60, int, spread=spread_on_cluster)
+    assert len(Slowly(folder=tmp_path).done()) < 30
 
 
 def features(n: int) -> list[Material]:
@@ -231,7 +232,7 @@ def test_one_cap_holds_for_all_workers_and_no_question_is_put_twice(cluster: Two
     with ScriptedServer(usual=together.behave) as server:
         found, endpoint = ask(run_on_cluster, server, tmp_path / "cluster", workers=3, max_calls=calls)
         assert endpoint.usage.calls == len(server.bodies) == calls
-        again, endpoint = ask(run_on_cluster, server, tmp_path / "cluster", max_calls=0)
+        again, _ = ask(run, server, tmp_path / "cluster", max_calls=0)  # what was paid for there is paid for here
         assert len(server.bodies) == calls
     assert together.most == 3
     assert found.stopped is again.stopped is None
@@ -243,22 +244,17 @@ def test_one_cap_holds_for_all_workers_and_no_question_is_put_twice(cluster: Two
 def test_a_budget_is_not_overspent_and_the_next_run_goes_on(cluster: TwoNodes, tmp_path: Path) -> None:
     with ScriptedServer(usual=say(answer)) as server:
         alone, endpoint = ask(run, server, tmp_path / "alone")
-        calls, tokens = endpoint.usage.calls, endpoint.usage.tokens
+        calls = endpoint.usage.calls
     with ScriptedServer(usual=say(answer)) as server:
-        found, endpoint = ask(run_on_cluster, server, tmp_path / "cluster", workers=4, max_calls=5)
+        found, _ = ask(run_on_cluster, server, tmp_path / "cluster", workers=4, max_calls=5)
         assert isinstance(found.stopped, CapReachedError)
         assert "run the same command again" in str(found.stopped)
         assert len(server.bodies) == 5
         assert len(found.rows) < 8
-        found, endpoint = ask(run_on_cluster, server, tmp_path / "cluster", workers=4, max_tokens=1500)
-        assert isinstance(found.stopped, CapReachedError)
-        assert endpoint.usage.tokens <= 1500
-        before = len(server.bodies)
-        found, endpoint = ask(run_on_cluster, server, tmp_path / "cluster", workers=4, max_calls=calls - before)
+        found, _ = ask(run_on_cluster, server, tmp_path / "cluster", workers=4, max_calls=calls - 5)
         assert len(server.bodies) == calls
     assert found.stopped is None
     assert found.rows == alone.rows
-    assert tokens > 0
 
 
 def test_a_node_that_is_killed_takes_no_call_with_it(cluster: TwoNodes, tmp_path: Path) -> None:
@@ -282,15 +278,14 @@ def test_a_node_that_is_killed_takes_no_call_with_it(cluster: TwoNodes, tmp_path
 
 
 def test_the_command_writes_the_same_file_and_says_at_once_what_all_would_meet(
-    cluster: TwoNodes, write_bank: Any, tmp_path: Path
+    cluster: TwoNodes, trained: Trained, tmp_path: Path
 ) -> None:
-    bank = write_bank(tmp_path / "bank")
-    material = features(2)
+    ids = list(trained.bank.by_id)[:2]
+    material = [replace(m, evidence=replace(m.evidence, id=id_)) for m, id_ in zip(features(2), ids, strict=True)]
     save_material(tmp_path / "work" / MATERIAL_FILE, material)
 
     def explain(url: str, out: str, *more: object) -> Any:
-        ids = ",".join(m.evidence.id for m in material)
-        folders = ["--bank", bank, "--work", tmp_path / "work", "--out", tmp_path / out, "--features", ids]
+        folders = ["--bank", trained.out, "--work", tmp_path / "work", "--out", tmp_path / out, "--features", 2]
         arguments = ["train", "explain", *folders, "--endpoint", url, "--model", "m", "--simulate", "both", *more]
         return CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
 
@@ -302,7 +297,7 @@ def test_the_command_writes_the_same_file_and_says_at_once_what_all_would_meet(
     shutil.rmtree(tmp_path / "work" / "endpoint-replies")
     with ScriptedServer(usual=fail(401, "who are you?")) as server:
         result = explain(server.url, "cluster.jsonl", "--cluster", cluster.address, "--workers", 2)
-        assert len(server.bodies) <= 2
+        assert len(server.bodies) == 1
     assert result.exit_code == 2
     assert "check the API key" in result.output
     assert (tmp_path / "cluster.jsonl").read_text() == ""
