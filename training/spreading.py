@@ -121,14 +121,14 @@ def fingerprint(*values: Any) -> str:
     return digest.hexdigest()
 
 
-def _feed(update: Callable[[bytes], None], value: Any) -> None:
+def _feed(update: Callable[[Any], None], value: Any) -> None:
     update(f"<{type(value).__name__}>".encode())
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         _feed(update, value.view(torch.uint8).numpy() if value.dtype == torch.bfloat16 else value.numpy())
     elif isinstance(value, np.ndarray):
         update(f"{value.dtype} {value.shape}".encode())
-        update(memoryview(np.ascontiguousarray(value)).cast("B"))  # type: ignore[arg-type]
+        update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     elif sparse.issparse(value):
         _feed(update, [value.shape, value.data, value.indices, value.indptr])
     elif isinstance(value, BaseModel):
