@@ -66,6 +66,11 @@ def test_results_stand_in_order_and_an_interrupted_work_goes_on(tmp_path: Path) 
     backwards = Backwards()
     assert work_off(work, 4, parts.__getitem__, kept=tmp_path, spread=backwards) == expected
     assert backwards.given == [3, 2]
+    damaged = min(tmp_path.glob("*.json"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    backwards = Backwards()
+    assert work_off(work, 4, parts.__getitem__, kept=tmp_path, spread=backwards) == expected
+    assert len(backwards.given) == 1
     assert not [path for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".json"]
 
 

@@ -44,7 +44,7 @@ from training.simulation.fidelity import score_features
 from training.simulation.llm import SegmentText
 from training.simulation.llm_run import LlmRun, run
 from training.simulation.prompts import Level
-from training.spreading import Work, here, work_off
+from training.spreading import Work, work_off
 from training.stages import Stages
 
 pytestmark = RAY
@@ -63,7 +63,7 @@ def test_explanations_and_scores_are_those_of_one_process_and_are_found_again(
     cluster: TwoNodes, tmp_path: Path
 ) -> None:
     tokenizer = WordTokenizer()
-    text = cut(planted_documents(100), tokenizer)
+    text = cut(planted_documents(60), tokenizer)
     acts = np.concatenate([firing_where(text, lambda p: p == "harbour", lambda p: p == "lantern"), noise(text, 15)], 1)
     names = keys(acts.shape[1])
     said: list[tuple[str, int, int]] = []
@@ -82,9 +82,6 @@ def test_explanations_and_scores_are_those_of_one_process_and_are_found_again(
     assert said[-1] == ("explain", 17, 17)
     assert len(said) == 2
     assert describe(spread=nobody, kept=tmp_path) == alone
-    damaged = next(tmp_path.iterdir())
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert describe(spread=here, kept=tmp_path) == alone
 
 
 def test_a_bank_that_is_described_on_a_cluster_has_the_bytes_of_one_that_is_not(
