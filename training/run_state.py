@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -17,22 +18,28 @@ from training.architectures import ARCHITECTURES, Architecture, ArchitectureOpti
 from training.batches import Batch
 from training.checkpoints import Checkpoint
 from training.devices import Stopwatch, choose_autocast, choose_device, seed_generators
+from training.replicas import ALONE, Replicas
 from training.runs import SaeRun, learning_rate
 
 RECENT = 50
 """Steps whose mean statistics stand for the trained SAE."""
 _FUSED = ("cpu", "cuda", "mps")
 _SETTLE_EVERY = 16  # steps that an accelerator may run ahead of the checks
+logger = logging.getLogger(__name__)
 
 
 class RunState:
-    """The weights, optimiser and position of one run. `step` is the number of steps it has made."""
+    """The weights, optimiser and position of one run. `step` is the number of steps it has made.
 
-    def __init__(self, run: SaeRun, sample: Batch, *, steps: int) -> None:
+    replicas: who trains it together; each has a RunState of its own, and all are equal to the bit after every step.
+    """
+
+    def __init__(self, run: SaeRun, sample: Batch, *, steps: int, replicas: Replicas = ALONE) -> None:
         """Initialise from a sample of the data. Raises DataError naming the option that is wrong."""
         config = run.config
         self.run = run
         self.steps = steps
+        self.replicas = replicas
         self.step = 0
         self.device = choose_device(config.device)
         self.recent: deque[StepStats] = deque(maxlen=RECENT)
@@ -48,6 +55,7 @@ class RunState:
             target_sample=sample[run.hook_name_out].to(self.device) if run.hook_name_out else None,
             hook_name_out=run.hook_name_out,
         )
+        self._sae.replicas = replicas
         self._gradients = torch.compile(self._sae.gradients) if config.compile else self._sae.gradients
         self._parameters = self._sae.parameters()
         fused = self.device.type in _FUSED
@@ -64,7 +72,7 @@ class RunState:
         self._settle_every = 1 if self.device.type == "cpu" else _SETTLE_EVERY
 
     def advance(self, batch: Mapping[str, Tensor]) -> bool:
-        """Make one step on rows that lie on `device`. Returns whether `settle` is due.
+        """Make one step on the rows on `device`: the batch, or this replica's part. Returns whether `settle` is due.
 
         Raises DataError if the gradient is not finite; the weights are then those of the step before.
         """
@@ -79,6 +87,7 @@ class RunState:
                 if grad.stride() != parameter.stride():  # the fused kernel walks both as they lie in memory
                     grad = torch.empty_like(parameter).copy_(grad)
                 parameter.grad = grad
+            self.replicas.add_up(p.grad for p in self._parameters.values() if p.grad is not None)
             norm = get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
             if self._settle_every == 1:
                 self._check(float(norm))
@@ -123,22 +132,37 @@ class RunState:
         """Everything that the next step depends on. `settle` first."""
         return Checkpoint(
             self.step,
-            self._tensors(),
+            self._tensors(self._sae.buffers()),
             {
                 "recent": [list(stats) for stats in self.recent],
                 "seconds": self._seconds_before + self._stopwatch.settle(),
             },
         )
 
+    def align(self) -> None:
+        """Let all replicas have the state of the first one: it may come from a checkpoint that it alone has read."""
+        if self.replicas.size == 1:
+            return
+        step = self.replicas.lead(lambda: self.step)
+        same_step = self.replicas.least(self.step) == step
+        if not self._optimiser.state:
+            self._begin_moments(step)
+        buffers = self._sae.buffers()
+        differed = self.replicas.copy_first(self._tensors(buffers).values())
+        self._sae.load_buffers(buffers)
+        self.step = step
+        if differed and same_step and step:
+            logger.warning(
+                "%s: the replicas' weights had come apart by step %d, and are those of the first again; their "
+                "processors compute differently: use machines of one kind",
+                self.run.name,
+                step,
+            )
+
     def restore(self, checkpoint: Checkpoint, source: str) -> None:
         """Go on from a checkpoint. Raises DataError, naming `source` and the field, if a tensor does not fit."""
-        for parameter in self._parameters.values():
-            self._optimiser.state[parameter] = {
-                "step": torch.tensor(float(checkpoint.step), device=self.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        mine = self._tensors()
+        self._begin_moments(checkpoint.step)
+        mine = self._tensors(self._sae.buffers())
         for name in sorted({*mine, *checkpoint.tensors}):
             expected, found = (
                 f"{str(t[name].dtype).removeprefix('torch.')} {tuple(t[name].shape)}" if name in t else "none"
@@ -160,12 +184,21 @@ class RunState:
         self.recent.extend(StepStats(*stats) for stats in checkpoint.state["recent"])
         self._seconds_before = checkpoint.state["seconds"]
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _begin_moments(self, step: int) -> None:
+        """Give the optimiser the state that it would have made by itself at the first step."""
+        for parameter in self._parameters.values():
+            self._optimiser.state[parameter] = {
+                "step": torch.tensor(float(step), device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def _tensors(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = dict(self._parameters)
         for name, parameter in self._parameters.items():
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}.{name}"] = self._optimiser.state[parameter][moment]
-        return tensors | {f"buffer.{name}": buffer for name, buffer in self._sae.buffers().items()}
+        return tensors | {f"buffer.{name}": buffer for name, buffer in buffers.items()}
 
     def _check(self, norm: float, step: int | None = None) -> None:
         if math.isfinite(norm):

@@ -33,6 +33,7 @@ from training.checkpoints import (
 )
 from training.devices import choose_autocast, choose_device
 from training.interruption import held_back, sole_user
+from training.replicas import ALONE, Replicas
 from training.run_state import RunState, resolve_options
 from training.runs import SaeRun, TrainerConfig, label, learning_rate
 
@@ -103,22 +104,38 @@ def train_claimed(
     *,
     on_step: OnStep | None = None,
     model_name: str = "",
+    replicas: Replicas = ALONE,
 ) -> list[TrainedSae]:
-    """`train_saes` in a folder whose lock the caller holds, or holds for this process: some of the runs of a whole."""
+    """`train_saes` in a folder whose lock the caller holds, or holds for this process: some of the runs of a whole.
+
+    replicas: who trains each of these runs together; all of them make this call, and the first one reads and writes
+    the files. What one of them cannot go on with is raised in all.
+    """
     generators = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=generators):
-        sample, fingerprints = _identified(reader, runs)
-        trained = {run.name: _finished(run, folder, fingerprints[run.name]) for run in runs}
+        sample, fingerprints = replicas.each(lambda: _identified(reader, runs))
+        figures = replicas.lead(
+            lambda: {
+                run.name: found.figures
+                for run in runs
+                if (found := _finished(run, folder, fingerprints[run.name])) is not None
+            }
+        )
+        trained = {
+            run.name: TrainedSae(run, sae_file(run, folder).parent, figures[run.name])
+            for run in runs
+            if run.name in figures
+        }
         states = []
         for run in runs:
-            if trained[run.name] is None:
-                state = RunState(run, sample, steps=reader.steps_per_epoch * run.config.epochs)
+            if run.name not in trained:
+                state = RunState(run, sample, steps=reader.steps_per_epoch * run.config.epochs, replicas=replicas)
                 _restore(state, folder, fingerprints[run.name])
                 states.append(state)
         del sample
         for finished in _train(reader, states, folder, fingerprints, on_step, model_name):
             trained[finished.run.name] = finished
-    return [found for run in runs if (found := trained[run.name]) is not None]
+    return [trained[run.name] for run in runs if run.name in trained]
 
 
 def finished_saes(reader: Reader, runs: Sequence[SaeRun], folder: Path) -> list[TrainedSae | None]:
@@ -228,10 +245,15 @@ def _finished(run: SaeRun, folder: Path, fingerprint: Mapping[str, Any]) -> Trai
 
 def _restore(state: RunState, folder: Path, fingerprint: Mapping[str, Any]) -> None:
     checkpoints = folder / CHECKPOINT_FOLDER / state.run.name
-    remove_leftovers(checkpoints)
-    checkpoint = read_checkpoint(checkpoints, fingerprint=fingerprint)
-    if checkpoint is not None:
-        state.restore(checkpoint, str(checkpoints))
+
+    def restore() -> None:
+        remove_leftovers(checkpoints)
+        checkpoint = read_checkpoint(checkpoints, fingerprint=fingerprint)
+        if checkpoint is not None:
+            state.restore(checkpoint, str(checkpoints))
+
+    state.replicas.lead(restore)
+    state.align()
 
 
 def _train(
@@ -253,25 +275,29 @@ def _train(
 
     def keep(state: RunState) -> None:
         settle(state)
-        path = folder / CHECKPOINT_FOLDER / state.run.name
-        write_checkpoint(path, state.checkpoint(), fingerprint=fingerprints[state.run.name])
+        state.align()
+        path, fingerprint = folder / CHECKPOINT_FOLDER / state.run.name, fingerprints[state.run.name]
+        replicas.lead(lambda: write_checkpoint(path, state.checkpoint(), fingerprint=fingerprint))
         kept[state.run.name] = (state.step, time.monotonic())
 
     def is_due(state: RunState) -> bool:
         config = state.run.config
         elapsed = time.monotonic() - kept[state.run.name][1]
-        return state.step % config.checkpoint_every == 0 and elapsed >= config.checkpoint_seconds
+        if state.step % config.checkpoint_every:
+            return False
+        return replicas.lead(lambda: elapsed >= config.checkpoint_seconds)
 
     finished: list[TrainedSae] = []
     if not states:
         return finished
+    replicas = states[0].replicas
     step = min(state.step for state in states)
-    batches = checked(reader.batches(step), step)
+    batches = replicas.parts(checked(reader.batches(step), step))
     depth = max(PREFETCH if (d := state.run.config.prefetch) is None else d for state in states)
     pin = any(state.device.type == "cuda" for state in states)
     with held_back() as stopping, read_ahead(batches, depth, pin=pin) as ahead:
         while states and not stopping():
-            placed: dict[torch.device, Batch] = {torch.device("cpu"): next(ahead)}
+            placed: dict[torch.device, Batch] = {torch.device("cpu"): replicas.each(lambda: next(ahead))}
             for state in [s for s in states if s.step == step]:  # a run whose checkpoint is newer waits for the others
                 if state.advance(_place(placed, state.device)):
                     settle(state)
@@ -299,19 +325,24 @@ def _place(placed: dict[torch.device, Batch], device: torch.device) -> Batch:
 
 def _finish(state: RunState, folder: Path, fingerprint: Mapping[str, Any], model_name: str) -> TrainedSae:
     """Write the SAE and then drop its checkpoints."""
-    run, figures = state.run, state.figures
+    run = state.run
     target = folder / SAE_FOLDER / run.name
-    try:
-        save_saelens(
-            state.export(),
-            target,
-            model_name=model_name,
-            metadata={"training": {"fingerprint": fingerprint, "figures": figures}},
-        )
-    except BankError as e:
-        raise DataError(
-            f"{target}: the trained SAE cannot be written ({e.message}); its last checkpoint is whole: make room and "
-            "run the same command again"
-        ) from e
-    remove_checkpoints(folder / CHECKPOINT_FOLDER / run.name)
-    return TrainedSae(run, target, figures)
+
+    def write() -> dict[str, float]:
+        figures = state.figures
+        try:
+            save_saelens(
+                state.export(),
+                target,
+                model_name=model_name,
+                metadata={"training": {"fingerprint": fingerprint, "figures": figures}},
+            )
+        except BankError as e:
+            raise DataError(
+                f"{target}: the trained SAE cannot be written ({e.message}); its last checkpoint is whole: make room "
+                "and run the same command again"
+            ) from e
+        remove_checkpoints(folder / CHECKPOINT_FOLDER / run.name)
+        return figures
+
+    return TrainedSae(run, target, state.replicas.lead(write))

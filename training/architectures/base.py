@@ -14,6 +14,7 @@ from torch import Tensor
 from feature_bank.errors import DataError
 from feature_bank.sae import SAE
 from training.architectures.initialisation import Centre, centre_of, data_norm, unit_rows
+from training.replicas import ALONE, Replicas
 
 
 class StepStats(NamedTuple):
@@ -58,6 +59,8 @@ class Architecture(ABC):
     norm: float
     dead_after_tokens: int
     tokens_since_fired: Int[Tensor, " d_sae"] = field(init=False)
+    replicas: Replicas = field(default=ALONE, init=False)
+    """The processes that train this SAE: `gradients` is given one's part of the batch."""
 
     def __post_init__(self) -> None:
         self.tokens_since_fired = torch.zeros(self.d_sae, dtype=torch.long, device=self.W_dec.device)
@@ -144,6 +147,9 @@ class Architecture(ABC):
     ) -> tuple[dict[str, Tensor], StepStats]:
         """The loss's gradient at every parameter, and what the step saw.
 
+        Of several replicas each gives the part of the gradient that its rows have in the whole batch's, and the figures
+        of the whole batch.
+
         Also advances what is counted over steps (dead features, thresholds): call it once a step.
         progress: share of the training that is done, for the penalties' warm-up.
         """
@@ -184,11 +190,17 @@ def _floating(sample: Tensor) -> Tensor:
     return sample if sample.dtype == torch.float64 else sample.float()
 
 
-def variance_of(centred: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
-    """The batch's sum of squared distances from its mean; `centred` should lie near zero for the sake of precision."""
-    around_zero: Tensor = torch.linalg.vector_norm(centred).square()
-    mean: Tensor = torch.linalg.vector_norm(centred.mean(0)).square()
-    return (around_zero - centred.shape[0] * mean).clamp_min(1e-12)
+def variance_of(centred: Float[Tensor, "rows d"], replicas: Replicas = ALONE) -> Float[Tensor, ""]:
+    """The whole batch's sum of squared distances from its mean, given the rows that are here.
+
+    `centred` should lie near zero for the sake of precision.
+    """
+    rows = replicas.rows(centred.shape[0])
+    around_zero, mean = replicas.sums(
+        torch.linalg.vector_norm(centred).square(), centred.mean(0) * (centred.shape[0] / rows)
+    )
+    of_mean: Tensor = torch.linalg.vector_norm(mean).square()
+    return (around_zero - rows * of_mean).clamp_min(1e-12)
 
 
 def project(grad: Float[Tensor, "d_sae d_out"], W_dec: Tensor, radial: Float[Tensor, " d_sae"]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,10 +32,14 @@ class BatchTopK(SparseArchitecture):
 
     def _select(self, sae_in: Float[Tensor, "batch d_in"]) -> SparseActs:
         acts, self._last_cut = batch_topk(
-            lambda: self._pre_activations(sae_in), self.options.k, sae_in.shape[0], guess=_GUESS * self._last_cut
+            lambda: self._pre_activations(sae_in),
+            self.options.k,
+            self.replicas.rows(sae_in.shape[0]),
+            guess=_GUESS * self._last_cut,
+            replicas=self.replicas,
         )
-        if acts.values.numel():
-            smallest = float(acts.values.min())
+        smallest = self.replicas.least(float(acts.values.min()) if acts.values.numel() else math.inf)
+        if smallest < math.inf:
             self.threshold = smallest if self.threshold == 0.0 else _DECAY * self.threshold + (1 - _DECAY) * smallest
         return acts
 

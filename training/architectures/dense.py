@@ -41,7 +41,10 @@ class DenseArchitecture(Architecture):
 
     @abstractmethod
     def _forward(self, p: dict[str, Tensor], x: Tensor, unit: Tensor, warmth: float) -> Forward:
-        """The loss on the normalised batch `x`, given parameters that want a gradient; `warmth` scales the penalty."""
+        """The loss on the normalised rows `x`, given parameters that want a gradient; `warmth` scales the penalty.
+
+        `unit` is the whole batch's, so that the gradients of several replicas' losses add up to its gradient.
+        """
 
     def _auxiliary(self, p: dict[str, Tensor], step: Forward, dead: Tensor, unit: Tensor) -> Tensor | None:  # noqa: ARG002
         """A loss that revives dead features, if the architecture has one."""
@@ -55,21 +58,25 @@ class DenseArchitecture(Architecture):
     ) -> tuple[dict[str, Tensor], StepStats]:
         """See `Architecture.gradients`."""
         scaled = x * (1 / self.norm)
-        variance = variance_of(scaled - self.b_dec)
+        rows = self.replicas.rows(x.shape[0])
+        variance = variance_of(scaled - self.b_dec, self.replicas)
         unit = variance / self.d_in
         parameters = {name: p.detach().requires_grad_() for name, p in self.parameters().items()}
         warmth = min(1.0, progress / self.options.penalty_warmup) if self.options.penalty_warmup else 1.0
         with torch.enable_grad():
             step = self._forward(parameters, scaled, unit, warmth)
-            dead = self._advance_clocks(step.active.any(0), x.shape[0])
+            squares, active, fired = self.replicas.sums(
+                torch.linalg.vector_norm(step.error.detach()) ** 2, step.active.sum(), step.active.any(0)
+            )
+            dead = self._advance_clocks(fired, rows)
             auxiliary = self._auxiliary(parameters, step, dead, unit) if dead.numel() else None
             loss = step.loss if auxiliary is None else step.loss + auxiliary
         found = torch.autograd.grad(loss, list(parameters.values()))
         grads = dict(zip(parameters, found, strict=True))
         project(grads["W_dec"], self.W_dec, torch.linalg.vecdot(grads["W_dec"], self.W_dec))
         stats = StepStats(
-            fvu=float(torch.linalg.vector_norm(step.error.detach()) ** 2 / variance),
-            l0=float(step.active.sum()) / x.shape[0],
+            fvu=float(squares / variance),
+            l0=float(active) / rows,
             dead_fraction=dead.numel() / self.d_sae,
         )
         return grads, stats

@@ -84,7 +84,11 @@ class JumpReLU(DenseArchitecture):
         if self.options.l0_target is None:
             penalty = active.sum() / unit
         else:
-            penalty = (active.sum() / (x.shape[0] * self.options.l0_target) - 1) ** 2 * self.d_in
+            own = active.sum()
+            (whole,) = self.replicas.sums(own.detach())
+            whole = own + (whole - own.detach())  # the whole batch's number, with the gradient of these rows
+            rows = self.replicas.rows(x.shape[0])
+            penalty = (whole / (rows * self.options.l0_target) - 1) ** 2 * self.d_in
         loss = error.pow(2).sum() / unit + warmth * self.options.l0_coefficient * penalty
         return Forward(loss, error, active.detach() > 0, pre)
 

@@ -45,7 +45,7 @@ class SparseArchitecture(Architecture):
 
     @abstractmethod
     def _select(self, sae_in: Float[Tensor, "batch d_in"]) -> SparseActs:
-        """The active features of the batch."""
+        """The active features of the rows that are here."""
 
     @property
     def aux_k(self) -> int:
@@ -68,19 +68,20 @@ class SparseArchitecture(Architecture):
         acts = self._select(sae_in)
         unit = variance / wanted.shape[1]
         error, grad_out, grads = self._reconstruct(acts, sae_in, wanted, 2 / unit)
-        dead = self._advance_clocks(acts.counts() > 0, x.shape[0])
+        squares, counts = self.replicas.sums(torch.linalg.vector_norm(error) ** 2, acts.counts())
+        rows = self.replicas.rows(x.shape[0])
+        dead = self._advance_clocks(counts > 0, rows)
         if dead.numel() and self.options.aux_coefficient:
             self._add_auxiliary(dead, sae_in, error, unit, grads)
         project(grads.W_dec, self.W_dec, grads.radial)
         found = {"W_enc_T": grads.W_enc_T, "W_dec": grads.W_dec, "b_enc": grads.b_enc}
-        fvu = float(torch.linalg.vector_norm(error) ** 2 / variance)
-        stats = StepStats(fvu, acts.values.numel() / x.shape[0], dead.numel() / self.d_sae)
+        stats = StepStats(float(squares / variance), int(counts.sum()) / rows, dead.numel() / self.d_sae)
         return {**found, **self._outer_gradients(sae_in, grad_out, grads)}, stats
 
     def _inputs(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG002
-        """What the encoder multiplies, what decode(acts) should equal, and the batch's variance."""
+        """What the encoder multiplies, what decode(acts) should equal, and the whole batch's variance."""
         centred = torch.add(-self.b_dec, x, alpha=1 / self.norm)
-        return centred, centred, variance_of(centred)
+        return centred, centred, variance_of(centred, self.replicas)
 
     def _outer_gradients(self, sae_in: Tensor, grad_out: Tensor, grads: SparseGrads) -> dict[str, Tensor]:
         """Of what lies outside the two: b_dec is added to the reconstruction and subtracted from the input."""

@@ -85,7 +85,7 @@ class SkipTranscoder(TopK):
         sae_in = x * (1 / self.norm)
         centred = torch.add(-self.b_dec, target, alpha=1 / self.norm_out)
         with torch.autocast(x.device.type, enabled=False):
-            return sae_in, torch.addmm(centred, sae_in, self.W_skip, alpha=-1), variance_of(centred)
+            return sae_in, torch.addmm(centred, sae_in, self.W_skip, alpha=-1), variance_of(centred, self.replicas)
 
     def _outer_gradients(self, sae_in: Tensor, grad_out: Tensor, grads: SparseGrads) -> dict[str, Tensor]:  # noqa: ARG002
         with torch.autocast(sae_in.device.type, enabled=False):

@@ -1,8 +1,11 @@
-"""Training many SAEs on a cluster: each worker trains its share of them, alone, with the loop that is used here.
+"""Training SAEs on a cluster, with the loop that is used here: many by a worker each, few by several workers each.
 
-Nothing passes between the workers: a run depends on its settings and the data alone, so that it ends the same wherever
-it is trained. Checkpoints lie in the output folder on shared storage. When a machine is lost, Ray Train starts the
-workers again, as many as there is room for, and each goes on from the checkpoints of the runs that are now its own.
+Where there are no fewer runs than workers, each worker trains its share of them alone, and nothing passes between
+workers: a run depends on its settings and the data alone, so that it ends the same wherever it is trained. Where there
+are fewer, a run is trained by a team, each member on its part of every batch; they add up their gradients at each step.
+
+Checkpoints lie in the output folder on shared storage. When a machine is lost, Ray Train starts the workers again, as
+many as there is room for; they are divided anew among the runs that are left, which go on from their checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +25,7 @@ from feature_bank.errors import DataError, SailguardError
 from training.architectures import StepStats
 from training.batches import Reader
 from training.cluster.connection import import_ray, own_version, room
+from training.cluster.replicas import form_groups, whole_world
 from training.cluster.shared import VISIBLE_SECONDS, await_file, check_shared
 from training.devices import choose_device
 from training.interruption import LOCK_FILE, sole_user
@@ -30,6 +34,9 @@ from training.trainer import OnStep, TrainedSae, finished_saes, sae_file, train_
 
 MAX_FAILURES = 8
 """Times that the workers are started again after one was lost."""
+ROWS_EACH = 1024
+"""Rows of a batch that each member of a team has at least. An estimate: through a network of 10 Gbit/s the gradients of
+a step take about as long as 16 cores compute on so many rows."""
 REPORT_SECONDS = 0.5
 STATE_FOLDER = ".ray"
 logger = logging.getLogger(__name__)
@@ -43,12 +50,15 @@ def train_saes_on_cluster(
     on_step: OnStep | None = None,
     model_name: str = "",
     max_failures: int = MAX_FAILURES,
+    rows_each: int = ROWS_EACH,
 ) -> list[TrainedSae]:
-    """`training.trainer.train_saes` on the connected cluster: the same arguments, files and weights.
+    """`training.trainer.train_saes` on the connected cluster: the same arguments and files.
+
+    The weights are the same to the bit where a run has one worker, and but for rounding where it has several.
 
     reader: is copied to every worker, so its cache must lie, as `folder` must, on storage that all machines share.
     on_step: is told of the latest step of a run from time to time, not of every one. max_failures: how often lost
-    workers are replaced.
+    workers are replaced. rows_each: rows of a batch that a run has for each of its workers, if it has several.
 
     Ctrl-C stops the workers at once; what they made since their last checkpoints is made again by the next call.
 
@@ -60,7 +70,7 @@ def train_saes_on_cluster(
         found = finished_saes(reader, runs, folder)
         missing = [run for run, sae in zip(runs, found, strict=True) if sae is None]
         if missing:
-            _fit(reader, missing, folder, on_step, model_name, max_failures)
+            _fit(reader, missing, folder, on_step, model_name, max_failures, rows_each)
             deadline = time.monotonic() + VISIBLE_SECONDS
             for run in missing:
                 await_file(sae_file(run, folder), max(0.0, deadline - time.monotonic()))
@@ -79,6 +89,38 @@ def shares(runs: Sequence[SaeRun], costs: Mapping[str, float], workers: int) -> 
     return found
 
 
+class Team(NamedTuple):
+    """Workers that train the same runs together."""
+
+    ranks: tuple[int, ...]
+    runs: list[SaeRun]
+
+
+def teams(runs: Sequence[SaeRun], costs: Mapping[str, float], workers: int, rows_each: int) -> list[Team]:
+    """Which workers train which runs: each worker some of them alone or, where runs are fewer, several workers a run.
+
+    The workers that are left over go one by one to the run that is the costliest for each of its workers, as long as
+    each of these has `rows_each` rows of a batch. Workers of no team have nothing to do.
+    """
+    if workers <= len(runs):
+        return [Team((rank,), share) for rank, share in enumerate(shares(runs, costs, workers))]
+    sizes = {run.name: 1 for run in runs}
+    for _ in range(workers - len(runs)):
+        open_runs = [run for run in runs if sizes[run.name] < most_workers(run, rows_each)]
+        if open_runs:
+            sizes[max(open_runs, key=lambda run: costs[run.name] / sizes[run.name]).name] += 1
+    found, first = [], 0
+    for run in runs:
+        found.append(Team(tuple(range(first, first + sizes[run.name])), [run]))
+        first += sizes[run.name]
+    return found
+
+
+def most_workers(run: SaeRun, rows_each: int) -> int:
+    """How many workers may train one run together."""
+    return max(1, run.config.batch_tokens // rows_each)
+
+
 def _fit(
     reader: Reader,
     runs: Sequence[SaeRun],
@@ -86,6 +128,7 @@ def _fit(
     on_step: OnStep | None,
     model_name: str,
     max_failures: int,
+    rows_each: int,
 ) -> None:
     """Train `runs` on the workers, and pass on what they report."""
     ray = import_ray()
@@ -97,7 +140,8 @@ def _fit(
     device = choose_device(runs[0].config.device)
     places = room(device.type, torch.get_num_threads())
     widths = {name: rows.shape[1] for name, rows in reader.sample(1).items()}
-    workers: Any = (1, min(places.workers, len(runs)))  # when a machine is lost, fewer go on
+    most = sum(most_workers(run, rows_each) for run in runs)
+    workers: Any = (1, min(places.workers, most))  # when a machine is lost, fewer go on
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = TorchTrainer(
@@ -111,11 +155,13 @@ def _fit(
             },
             "folder": folder,
             "model_name": model_name,
+            "device": device.type,
+            "rows_each": rows_each,
             "threads": places.cpus,
             "queue": queue,
             "version": own_version(),
         },
-        torch_config=TorchConfig(backend="gloo"),  # no tensor passes between workers, so NCCL has nothing to set up
+        torch_config=TorchConfig(backend="gloo"),  # to agree in; a team on accelerators makes an NCCL group of its own
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=places.gpus > 0,
@@ -163,8 +209,11 @@ def _drain(queue: Any, runs: Mapping[str, SaeRun], on_step: OnStep | None, compl
     waiting = queue.qsize()
     for kind, content in queue.get_nowait_batch(waiting) if waiting else ():
         if kind == "error":
-            complaints.append(content)
-            logger.warning("%s; the other SAEs are trained to their end", content)
+            if content not in complaints:  # every member of a team says it
+                complaints.append(content)
+                logger.warning("%s; the other SAEs are trained to their end", content)
+        elif kind == "team":
+            logger.info("%s", content)
         elif on_step is not None:
             for name, (step, steps, stats) in content.items():
                 on_step(runs[name], step, steps, StepStats(*stats))
@@ -176,12 +225,19 @@ def train_share(config: dict[str, Any]) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    mine = shares(config["runs"], config["costs"], context.get_world_size())[context.get_world_rank()]
+    rank, folder = context.get_world_rank(), config["folder"]
+    # One of them looks, since a network file system may not show the same to all
+    left = whole_world().lead(lambda: [run.name for run in config["runs"] if not sae_file(run, folder).exists()])
+    runs = [run for run in config["runs"] if run.name in left]
+    found = teams(runs, config["costs"], context.get_world_size(), config["rows_each"])
+    batch = config["runs"][0].config.batch_tokens
+    replicas = form_groups([team.ranks for team in found], torch.device(config["device"]), batch)
+    mine = [run for team in found if rank in team.ranks for run in team.runs]
     queue = config["queue"]
     latest: dict[str, tuple[int, int, tuple[float, ...]]] = {}
     said = time.monotonic()
 
-    def on_step(run: SaeRun, step: int, steps: int, stats: StepStats) -> None:
+    def report(run: SaeRun, step: int, steps: int, stats: StepStats) -> None:
         nonlocal said
         latest[run.name] = (step, steps, tuple(stats))
         if time.monotonic() - said >= REPORT_SECONDS:
@@ -189,14 +245,21 @@ def train_share(config: dict[str, Any]) -> None:
             latest.clear()
             said = time.monotonic()
 
+    def check() -> None:
+        if (version := own_version()) != config["version"]:
+            raise DataError(f"a machine of the cluster has sailguard {version}, not {config['version']}; install one")
+        check_shared(folder / LOCK_FILE)
+
     try:
-        if (found := own_version()) != config["version"]:
-            raise DataError(f"a machine of the cluster has sailguard {found}, not {config['version']}; install one")
-        check_shared(config["folder"] / LOCK_FILE)
+        replicas.each(check)
         torch.set_num_threads(config["threads"])
         if mine:
             reader = ray.get(config["reader"][0])
-            train_claimed(reader, mine, config["folder"], on_step=on_step, model_name=config["model_name"])
+            if replicas.size > 1 and replicas.rank == 0:
+                each = f"{batch // replicas.size} or more of the {batch} rows of a batch"
+                queue.put(("team", f"{mine[0].name} is trained by {replicas.size} workers, each on {each}"))
+            on_step = report if replicas.rank == 0 else None
+            train_claimed(reader, mine, folder, on_step=on_step, model_name=config["model_name"], replicas=replicas)
     except SailguardError as e:  # to start it again would meet it again
         queue.put(("error", str(e)))
     if latest:

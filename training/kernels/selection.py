@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.kernels.sparse import SparseActs
+from training.replicas import ALONE, Replicas
 
 _GROUPS_PER_K = 4  # the maxima of 4k groups bound the k-th largest so well that about 5 % too many entries pass
 _SAMPLED_ROWS = 64
@@ -87,23 +88,30 @@ def _trim(acts: SparseActs, k: int) -> SparseActs:
 
 
 def batch_topk(
-    chunks: Callable[[], Iterable[Float[Tensor, "rows d_sae"]]], k: int, batch: int, *, guess: float = 0.0
+    chunks: Callable[[], Iterable[Float[Tensor, "rows d_sae"]]],
+    k: int,
+    batch: int,
+    *,
+    guess: float = 0.0,
+    replicas: Replicas = ALONE,
 ) -> tuple[SparseActs, float]:
     """The `k * batch` largest entries of a batch as far as they are positive, and the smallest of them.
 
     chunks: gives the pre-activations, some rows at a time; called again only if the first bound was too high.
     guess: a bound worth trying (the previous step's threshold, relaxed); without one it comes from a sample of rows.
     The threshold is 0.0 if fewer than `k * batch` entries are positive. Entries equal to it are all kept.
+    replicas: who has the `batch` rows; of the entries, those in the rows that are here are given.
     """
     wanted = k * batch
     for bound in (guess, None, 0.0) if guess > 0 else (None, 0.0):
         floor, parts = bound, []
         for pre in chunks():
-            floor = _sampled_floor(pre, k) if floor is None else floor
+            floor = replicas.least(_sampled_floor(pre, k)) if floor is None else floor
             parts.append(keep_above(pre, floor))
         acts = SparseActs.stack(parts)
-        if acts.values.numel() >= wanted:
-            cut = kth_largest(acts.values, wanted)
+        values = replicas.gather(acts.values)
+        if values.numel() >= wanted:
+            cut = kth_largest(values, wanted)
             return acts.where(acts.values >= cut), float(cut)
         if floor == 0.0:
             break
