@@ -7,7 +7,6 @@ and whatever interrupted it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from training.checkpoints import (
     remove_leftovers,
     write_checkpoint,
 )
-from training.devices import choose_autocast, choose_device
+from training.fingerprints import take_fingerprints
 from training.interruption import held_back, sole_user
 from training.replicas import ALONE, Replicas
 from training.run_state import RunState, resolve_options
@@ -56,7 +55,6 @@ OnStep = Callable[[SaeRun, int, int, StepStats], None]
 
 SAE_FOLDER = "saes"
 CHECKPOINT_FOLDER = "checkpoints"
-SAMPLE_ROWS = 16_384
 PREFETCH = 2
 
 
@@ -113,7 +111,7 @@ def train_claimed(
     """
     generators = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=generators):
-        sample, fingerprints = replicas.each(lambda: _identified(reader, runs))
+        sample, fingerprints = replicas.each(lambda: take_fingerprints(reader, runs))
         figures = replicas.lead(
             lambda: {
                 run.name: found.figures
@@ -144,7 +142,7 @@ def finished_saes(reader: Reader, runs: Sequence[SaeRun], folder: Path) -> list[
     Raises DataError, as `train_saes` does, for settings that do not fit and for a finished SAE of other ones.
     """
     _check(reader, runs)
-    _, fingerprints = _identified(reader, runs)
+    _, fingerprints = take_fingerprints(reader, runs)
     return [_finished(run, folder, fingerprints[run.name]) for run in runs]
 
 
@@ -192,34 +190,6 @@ def _check(reader: Reader, runs: Sequence[SaeRun]) -> None:
             f"{reader.tokens} activations at {', '.join(reader.hook_names)} are fewer than one batch of "
             f"{reader.batch_tokens}; give more text"
         )
-
-
-def _identified(reader: Reader, runs: Sequence[SaeRun]) -> tuple[Batch, dict[str, dict[str, Any]]]:
-    """A sample of the data, and the fingerprint of every run on it."""
-    sample = reader.sample(SAMPLE_ROWS)
-    identity = _data_identity(reader, sample)
-    return sample, {run.name: _fingerprint(run, identity, sample) for run in runs}
-
-
-def _data_identity(reader: Reader, sample: Batch) -> dict[str, Any]:
-    """What tells one cache from another: its size, the order it is read in, and the bytes of a sample."""
-    digests = {name: hashlib.sha256(rows.numpy().tobytes()).hexdigest() for name, rows in sample.items()}
-    return {"tokens": reader.tokens, "order": dict(reader.order), "sample": digests}
-
-
-def _fingerprint(run: SaeRun, identity: Mapping[str, Any], sample: Batch) -> dict[str, Any]:
-    own = [name for name in (run.hook_name, run.hook_name_out) if name]
-    resolved = {
-        "options": resolve_options(run)[1].model_dump(mode="json"),
-        "autocast": choose_autocast(run.config.autocast, choose_device(run.config.device)),
-    }
-    return {
-        "config": {**run.config.meaning(), **resolved},
-        "hook_name": run.hook_name,
-        "hook_name_out": run.hook_name_out,
-        "d_in": sample[run.hook_name].shape[1],
-        "data": {**identity, "sample": {name: identity["sample"][name] for name in own}},
-    }
 
 
 def _finished(run: SaeRun, folder: Path, fingerprint: Mapping[str, Any]) -> TrainedSae | None:

@@ -48,6 +48,8 @@ class GroupedReplicas(Replicas):
         """See `Replicas.rows`."""
         return self._batch
 
+    # torch.compile cannot look into a process group
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def sums(self, *own: Tensor) -> tuple[Tensor, ...]:
         """See `Replicas.sums`. All in one message, in float64, in which counts are exact."""
         flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in own])
@@ -60,12 +62,14 @@ class GroupedReplicas(Replicas):
         for work in [self._group.allreduce([tensor]) for tensor in own]:
             work.wait()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def least(self, own: float) -> float:
         """See `Replicas.least`."""
         found = torch.tensor([own], dtype=torch.float64)
         self._group.allreduce([found], dist.ReduceOp.MIN).wait()
         return float(found)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather(self, own: Float[Tensor, " own"]) -> Float[Tensor, " all"]:
         """See `Replicas.gather`."""
         counts = torch.zeros(self.size, dtype=torch.long)

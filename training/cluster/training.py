@@ -25,7 +25,6 @@ from feature_bank.errors import DataError, SailguardError
 from training.architectures import StepStats
 from training.batches import Reader
 from training.cluster.connection import import_ray, own_version, room
-from training.cluster.replicas import form_groups, whole_world
 from training.cluster.shared import VISIBLE_SECONDS, await_file, check_shared
 from training.devices import choose_device
 from training.interruption import LOCK_FILE, sole_user
@@ -223,6 +222,8 @@ def train_share(config: dict[str, Any]) -> None:
     """Train this worker's share. Runs on a worker."""
     import ray
     import ray.train
+
+    from training.cluster.replicas import form_groups, whole_world  # it imports torch's compiler
 
     context = ray.train.get_context()
     rank, folder = context.get_world_rank(), config["folder"]
