@@ -207,7 +207,8 @@ def test_weights_are_those_of_one_process_but_for_rounding_and_equal_to_the_bit_
     for key, value in alone.items():
         for found, _ in members:
             assert torch.equal(found[key], members[0][0][key]), key
-        torch.testing.assert_close(members[0][0][key], value, rtol=1e-3, atol=ATOL)
+        scale = 1.0 if key.startswith(("exp_avg", "buffer")) else 0.0  # of numbers that are not near 1
+        torch.testing.assert_close(members[0][0][key], value, rtol=1e-3 * scale, atol=ATOL)
     assert all(stats == members[0][1] for _, stats in members)
     assert members[0][1][-1] == pytest.approx(expected[-1], rel=1e-3, abs=1e-6)
 
