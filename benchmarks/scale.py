@@ -26,8 +26,8 @@ from benchmarks.cost_curve import Cost, cost_curve, preset_runs
 from benchmarks.harvesting import read_text, sequences_of
 from benchmarks.overhead import interleaved
 from benchmarks.results import RESULTS, Figure, write_result
+from feature_bank.ray_cluster import connect
 from guard.models import load_model
-from training.cluster import connect
 from training.cluster.harvesting import make_on_cluster
 from training.corpus import TokenSequence
 from training.harvest import harvest, make_here

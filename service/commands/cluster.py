@@ -34,7 +34,8 @@ def stages_on(cluster: str | None) -> Iterator[Stages]:
     if cluster is None:
         yield HERE
         return
-    from training.cluster import cluster_stages, connect
+    from feature_bank.ray_cluster import connect
+    from training.cluster import cluster_stages
 
-    with connect(cluster):
+    with connect(cluster, "data", "train"):
         yield cluster_stages()

@@ -3,7 +3,6 @@
 Nothing here is imported, and no Ray is needed, unless a cluster is asked for.
 """
 
-from training.cluster.connection import connect
 from training.cluster.explaining import run_on_cluster
 from training.cluster.harvesting import harvest_on_cluster
 from training.cluster.spreading import spread_on_cluster
@@ -12,7 +11,6 @@ from training.cluster.training import train_saes_on_cluster
 
 __all__ = [
     "cluster_stages",
-    "connect",
     "harvest_on_cluster",
     "run_on_cluster",
     "spread_on_cluster",

@@ -19,7 +19,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from feature_bank.errors import DataError
-from training.cluster.connection import Room, import_ray, room
+from feature_bank.ray_cluster import import_ray
+from training.cluster.room import Room, room
 from training.cluster.spreading import spread_over
 from training.explain.endpoint import ChatEndpoint
 from training.explain.interface import FeatureEvidence

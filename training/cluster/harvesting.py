@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from feature_bank.errors import DataError, SailguardError
+from feature_bank.ray_cluster import import_ray
 from training.cache import MANIFEST, shard_path
-from training.cluster.connection import Room, import_ray, own_version, room
 from training.cluster.pool import work_off_tables
+from training.cluster.room import Room, own_version, room
 from training.cluster.shared import await_file, check_shared
 from training.corpus import TokenSequence
 from training.harvest import Harvest, Missing, ShardMaker, harvest
@@ -79,7 +80,7 @@ def make_on_cluster(
     Raises DataError for what `harvest` raises it for, a folder that the machines do not share, other versions on a
     worker, or a cluster that is lost.
     """
-    ray = import_ray()
+    ray = import_ray("data")
     device = next(model.parameters()).device
     places = room(device.type, torch.get_num_threads())
     _say_threads(places, device)

@@ -6,7 +6,8 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from feature_bank.errors import DataError
-from training.cluster.connection import Room, import_ray
+from feature_bank.ray_cluster import import_ray
+from training.cluster.room import Room
 
 TASKS_AHEAD = 2  # rows that an actor has at hand: one in work, one waiting
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from feature_bank.errors import DataError, SailguardError
-from training.cluster.connection import Room, import_ray, own_version, room
+from feature_bank.ray_cluster import import_ray
 from training.cluster.pool import work_off_tables
+from training.cluster.room import Room, own_version, room
 from training.spreading import Work
 
 P = TypeVar("P")

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 
 from feature_bank.errors import DataError, SailguardError
+from feature_bank.ray_cluster import import_ray
 from training.architectures import StepStats
 from training.batches import Reader
-from training.cluster.connection import import_ray, own_version, room
+from training.cluster.room import own_version, room
 from training.cluster.shared import VISIBLE_SECONDS, await_file, check_shared
 from training.devices import choose_device
 from training.interruption import LOCK_FILE, sole_user
@@ -130,7 +131,7 @@ def _fit(
     rows_each: int,
 ) -> None:
     """Train `runs` on the workers, and pass on what they report."""
-    ray = import_ray()
+    ray = import_ray("train")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Queue

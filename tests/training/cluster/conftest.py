@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from training.cluster.connection import connect
+from feature_bank.ray_cluster import connect
 
 OBJECT_STORE = 80 << 20
 # A node that is gone is noticed in seconds, not in half a minute

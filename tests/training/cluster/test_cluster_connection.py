@@ -13,12 +13,13 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from feature_bank.errors import DataError
+from feature_bank.ray_cluster import connect
 from guard.models import LoadedModel
 from service.cli import build_app
 from tests.training.cluster.conftest import TwoNodes
 from tests.training.cluster.samples import RAY
 from tests.training.samples import contents
-from training.cluster.connection import connect, room
+from training.cluster.room import room
 from training.cluster.shared import await_file, check_shared
 
 

@@ -328,7 +328,7 @@ class Together:
 
 def main(folder: Path, address: str) -> None:
     """Work slowly until something ends this."""
-    from training.cluster import connect
+    from feature_bank.ray_cluster import connect
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)

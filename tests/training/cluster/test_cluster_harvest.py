@@ -113,7 +113,7 @@ def main(folder: Path, address: str) -> None:
     """Harvest slowly until something ends this."""
     import torch
 
-    from training.cluster import connect
+    from feature_bank.ray_cluster import connect
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,44 +1,39 @@
-"""The connection to a Ray cluster, and how many workers it has room for."""
+"""The connection to a Ray cluster, for what works or serves on one. Ray is not needed before one is asked for."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 from feature_bank.errors import DataError
+
+__all__ = ["CONNECT_SECONDS", "INSTALL", "LOCAL", "connect", "import_ray"]
 
 INSTALL = "pip install 'sailguard[ray]'"
 CONNECT_SECONDS = 10.0
 LOCAL = "local"
-_LOUD = ("ray.data", "ray.train")
-
-
-class Room(NamedTuple):
-    """Workers that a cluster can hold at a time, all alike."""
-
-    workers: int
-    cpus: int
-    """Of a worker, which computes with as many threads."""
-    gpus: int
-    """Of a worker: 1 if it computes on an accelerator."""
+_LOUD = ("ray.data", "ray.train", "ray.serve")
 
 
 @contextmanager
-def connect(address: str | None) -> Iterator[None]:
+def connect(address: str | None, *libraries: str) -> Iterator[None]:
     """Be connected to a Ray cluster for the time of the context.
 
     address: "auto" for the cluster that this machine belongs to (or that RAY_ADDRESS names), HOST:PORT of another one's
     head; None or "local" starts one on this machine alone, which ends with the context. When the context ends, however
-    it ends, everything that it had started on the cluster is stopped. A process that is connected already stays so.
+    it ends, everything that it had started on the cluster is stopped, but for what was detached from it. A process that
+    is connected already stays so.
+
+    libraries: of Ray's, those that will be needed, such as "serve": one that is missing is said at once.
 
     Raises DataError if the extra is not installed, or the cluster cannot be reached or is of another version.
     """
-    ray = import_ray()
+    ray = import_ray(*libraries)
     if ray.is_initialized():
         yield
         return
@@ -65,45 +60,14 @@ def connect(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def import_ray() -> Any:
-    """The module. Raises DataError naming the extra if it is not installed."""
+def import_ray(*libraries: str) -> Any:
+    """The module, with those of its libraries. Raises DataError naming the extra if one is not installed."""
     try:
-        import ray
-        import ray.data
-        import ray.train
+        for library in ("ray", *(f"ray.{name}" for name in libraries)):
+            importlib.import_module(library)
     except ImportError as e:
         raise DataError(f"a cluster needs Ray ({e}); run: {INSTALL}") from e
-    return ray
-
-
-def room(device_type: str, threads: int) -> Room:
-    """The workers that the connected cluster has room for.
-
-    device_type: where they compute, "cuda" for one accelerator each. threads: what a worker should compute with; the
-    smallest machine with a CPU may have fewer. Results on CPUs are equal to the bit where these are as many as here.
-
-    Raises DataError if no machine of the cluster can hold a worker.
-    """
-    ray = import_ray()
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if device_type == "cuda":
-        gpus = sum(int(found.get("GPU", 0)) for found in resources)
-        if not gpus:
-            raise DataError("this process computes on an accelerator, but no machine of the cluster offers one to Ray")
-        return Room(gpus, 1, 1)
-    cpus = [int(found.get("CPU", 0)) for found in resources if found.get("CPU", 0) >= 1]
-    if not cpus:
-        raise DataError("no machine of the cluster offers a CPU to Ray; start one with `ray start --num-cpus N`")
-    each = max(1, min(threads, *cpus))
-    return Room(sum(n // each for n in cpus), each, 0)
-
-
-def own_version() -> str:
-    """The version of sailguard in this process; workers must have the same."""
-    try:
-        return version("sailguard")
-    except PackageNotFoundError:  # run from its sources
-        return "0"
+    return importlib.import_module("ray")
 
 
 def _check_reachable(address: str) -> None:
