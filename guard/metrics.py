@@ -99,6 +99,13 @@ class Metrics:
         )
         self._bank = _InUse("sailguard_bank_info", "1 for the feature bank in use.", _BANK_LABELS, self.registry)
         self._policy = _InUse("sailguard_policy_info", "1 for the policy in use.", _POLICY_LABELS, self.registry)
+        self._behind = _gauge(
+            "sailguard_version_behind",
+            "1 while the files hold another bank or policy than the one in use: not read yet, or refused.",
+            "livemax",
+            self.registry,
+            ("what",),
+        )
         self._ready = _gauge("sailguard_ready", "1 while requests can be judged.", "livemin", self.registry)
         self._queue_depth = _gauge("sailguard_queue_depth", "Requests waiting for the model.", "livesum", self.registry)
         self._in_flight = _gauge("sailguard_requests_in_flight", "Requests being served.", "livesum", self.registry)
@@ -215,6 +222,7 @@ class Metrics:
         for reason in _REFUSALS:
             self._refused.labels(reason=reason)
         for what in _RELOADED:
+            self._behind.labels(what=what)
             for result in _RELOADS:
                 self._reloads.labels(what=what, result=result)
 
@@ -263,6 +271,10 @@ class Metrics:
     def set_policy(self, *, name: str, version: str, on_error: str = "") -> None:
         """Publish which policy is in use and what it does on an internal error."""
         self._policy.show(name, version, on_error)
+
+    def set_behind(self, what: str, behind: bool) -> None:
+        """Say whether the files of `what`, bank or policy, hold another version than the one in use."""
+        self._behind.labels(what=what).set(1.0 if behind else 0.0)
 
     def observe_feature(self, feature_id: str, activation: float) -> None:
         """Record a feature that fired, by its highest activation in a judged sequence.

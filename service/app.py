@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from service.engine import EngineFactory, EngineSlot, ServedEngine
 from service.errors import install_error_handlers
 from service.events import EventBus
 from service.openapi import describe
+from service.peers import Alone
 from service.reload import Reloader
 from service.routes import routers
 from service.runner import Runner
@@ -37,6 +38,8 @@ from service.upstream import Upstream
 if TYPE_CHECKING:
     import uvicorn
 
+    from service.peers import Peers
+
 __all__ = ["DRAIN_SECONDS", "create_app", "make_server", "server_config"]
 
 DRAIN_SECONDS = 30
@@ -50,6 +53,7 @@ def create_app(
     generates: bool = True,
     bank: Path | None = None,
     logger: Any = None,
+    peers: Callable[[Metrics, Any], Peers] | None = None,
 ) -> FastAPI:
     """Build the application around `engine`.
 
@@ -58,6 +62,7 @@ def create_app(
     generates: whether the engine answers chats; without it, and with an `upstream` in the settings, that server does.
     bank: where the engine's bank lies, if not where the settings say.
     `logger` is a structlog logger; without one, JSON lines go to standard error.
+    peers: makes, of the metrics and the logger, what knows of further applications behind the same address.
 
     Raises `SettingsError` for keys, an audit file or limits that cannot be used, `SpoolError` for a spool that cannot.
     """
@@ -70,6 +75,7 @@ def create_app(
     slot = EngineSlot(started)
     keys = settings.key_ring()
     shadow = Shadow(metrics, logger)
+    others = Alone(metrics) if peers is None else peers(metrics, logger)
     services = Services(
         settings=settings,
         metrics=metrics,
@@ -80,8 +86,9 @@ def create_app(
         spool=ShadowedSpool(open_spool(settings, metrics, logger), shadow),
         shadow=shadow,
         events=EventBus(),
-        reloader=Reloader(slot, runner, settings, metrics, logger, bank=bank),
+        reloader=Reloader(slot, runner, settings, metrics, logger, bank=bank, turn=others.turn),
         tracing=start_tracing(settings, version()),
+        peers=others,
     )
 
     @contextlib.asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
@@ -158,15 +159,23 @@ class EngineSlot:
     def __init__(self, engine: ServedEngine | None = None) -> None:
         self.engine = engine
         self.reason = "The guard is still being attached: the model is loading or its canary is running."
+        self._decided = asyncio.Event()
+
+    async def decided(self) -> None:
+        """Return once an engine has been put in, or it is known that there will be none."""
+        if self.engine is None:
+            await self._decided.wait()
 
     def fill(self, engine: ServedEngine) -> None:
         """Put a started engine in; from here on the server is ready."""
         self.engine = engine
+        self._decided.set()
 
     def fail(self, reason: str) -> None:
         """Say why there will be no engine, or why it is gone."""
         self.engine = None
         self.reason = reason
+        self._decided.set()
 
 
 class TransformersEngine:

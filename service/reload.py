@@ -11,6 +11,7 @@ import asyncio
 import signal
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,8 +72,9 @@ class ReloadResult:
 class Reloader:
     """Puts new versions into the slot: when asked to, on SIGHUP, and when the files change.
 
-    The bank and the policy are those of the settings; `bank` is for an engine that has its bank elsewhere. Call `start`
-    before the first engine is loaded, so that no change is missed. All of it belongs to the event loop's thread.
+    The bank and the policy are those of the settings; `bank` is for an engine that has its bank elsewhere; `turn` is
+    held while a new version is loaded. Call `start` before the first engine is loaded, so that no change is missed. All
+    of it belongs to the event loop's thread.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Reloader:
         logger: Any,
         *,
         bank: Path | None = None,
+        turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         self.logger = logger
         self.files = WatchedFiles(bank or settings.bank or shipped_bank_path(), settings.policy)
@@ -92,10 +95,12 @@ class Reloader:
         self._slot = slot
         self._runner = runner
         self._metrics = metrics
+        self._turn = turn
         self._watch_seconds = settings.watch_seconds
         self._lock = asyncio.Lock()
         self._seen: Looks = {}
         self._refused: set[Part] = set()
+        self._unused: set[Part] = set()  # whose files hold, as they were last read, what cannot be used
         self._tasks: set[asyncio.Task[Any]] = set()
         self._signalled = 0
         self._watcher: asyncio.Task[None] | None = None
@@ -172,10 +177,11 @@ class Reloader:
         commit: Callable[[], object] | None,
         reason: str,
     ) -> ReloadResult:
-        async with self._lock:
+        async with self._lock, self._turn():
             old = self._slot.engine
             new: ServedEngine | None = None
             problem: str | None = None
+            blamed: Sequence[Part] = ()
             try:
                 new = await build(self._current())
                 self._current()  # while it was made, the server may have begun to shut down
@@ -184,11 +190,18 @@ class Reloader:
                     self._current()
             except Exception as error:  # noqa: BLE001 - whatever is wrong with a new version, the old one keeps serving
                 problem = self._describe(error)
-                self._count_refusal(what, error)
+                blamed = _blamed(what, error)
+                for part in blamed:
+                    self._metrics.count_reload(part, "refused")
             else:
                 if new is not None:
                     self._slot.fill(new)
+            if problem is None:
+                self._unused.difference_update(parts_of(what))
+            elif commit is None:  # or nothing was written, and the files are what they were
+                self._unused.update(blamed)
             self._publish()
+            self._show_behind()
             return self._conclude(what, reason, old, new, problem)
 
     async def _try_out(self, build: Build) -> ServedEngine:
@@ -254,15 +267,6 @@ class Reloader:
         log("reload", **result.to_dict())
         return result
 
-    def _count_refusal(self, what: What, error: Exception) -> None:
-        parts: Sequence[Part] = parts_of(what)
-        if what == "all" and isinstance(error, BankError | CanaryError):
-            parts = ("bank",)
-        elif what == "all" and isinstance(error, PolicyError):
-            parts = ("policy",)
-        for part in parts:
-            self._metrics.count_reload(part, "refused")
-
     def _describe(self, error: Exception) -> str:
         if isinstance(error, SailguardError | OSError):
             return f"{type(error).__name__}: {error}"
@@ -282,6 +286,11 @@ class Reloader:
                 content_hash=engine.bank.content_hash[:12],
             )
             self._metrics.set_policy(name=policy.name, version=policy.version, on_error=policy.on_error)
+
+    def _show_behind(self, changed: Sequence[Part] = ()) -> None:
+        """Show in the metrics whether what lies there is in use. changed: parts that were not read again yet."""
+        for part in parts_of("all"):
+            self._metrics.set_behind(part, part in self._unused or part in changed)
 
     async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Do the work to its end, even if who asked for it is gone."""
@@ -315,6 +324,8 @@ class Reloader:
             changed = [part for part in found if found[part] != self._seen.get(part)]
             if changed and found == before:
                 await self._follow(changed)
+            else:
+                self._show_behind(changed)
             before = found
 
     async def _follow(self, changed: Sequence[Part]) -> None:
@@ -325,3 +336,12 @@ class Reloader:
             if len(changed) == 2 or result.result != "refused":
                 return
         await self.reload(changed[0], reason=reason)
+
+
+def _blamed(what: What, error: Exception) -> Sequence[Part]:
+    """The parts of `what` that were refused with `error`."""
+    if what == "all" and isinstance(error, BankError | CanaryError):
+        return ("bank",)
+    if what == "all" and isinstance(error, PolicyError):
+        return ("policy",)
+    return parts_of(what)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from service.audit import AuditLog
     from service.engine import AnsweringEngine, EngineSlot, ServedEngine
     from service.events import EventBus
+    from service.peers import Peers
     from service.reload import Reloader
     from service.runner import Runner
     from service.settings import Settings
@@ -41,6 +42,7 @@ class Services:
     events: EventBus
     reloader: Reloader
     tracing: Tracing
+    peers: Peers
 
     @classmethod
     def of(cls, request: Request) -> Services:

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 if TYPE_CHECKING:
     from service.settings import Settings
 
-__all__ = ["command", "environment", "main", "start_line"]
+__all__ = ["command", "environment", "main", "plain_values", "start_line"]
 
 
 def command() -> list[str]:
@@ -34,8 +34,13 @@ def environment(base: Mapping[str, str]) -> dict[str, str]:
 
 def start_line(settings: Settings, engine: str) -> dict[str, Any]:
     """What a worker is told on standard input, keys included."""
+    return {"settings": plain_values(settings), "engine": engine}
+
+
+def plain_values(settings: Settings) -> dict[str, Any]:
+    """Every setting, JSON-ready, keys included: for a process that is to serve under the same ones."""
     values = {name: getattr(settings, name) for name in type(settings).model_fields}
-    plain = {
+    return {
         name: value.get_secret_value()
         if isinstance(value, SecretStr)
         else str(value)
@@ -43,7 +48,6 @@ def start_line(settings: Settings, engine: str) -> dict[str, Any]:
         else value
         for name, value in values.items()
     }
-    return {"settings": plain, "engine": engine}
 
 
 def main() -> None:

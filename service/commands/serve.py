@@ -76,6 +76,20 @@ def serve(
     spool_text: Annotated[
         bool | None, typer.Option("--spool-text/--no-spool-text", help="Keep the texts themselves in the spool, too.")
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="auto|ADDRESS",
+            help="Serve the sidecar on a Ray cluster: the one this machine belongs to, or HOST:PORT of its head.",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", min=1, help="With --cluster: processes that judge. Default: 1")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option("--max-replicas", min=1, help="With --cluster: up to so many while it is busy.")
+    ] = None,
 ) -> None:
     """Serve over HTTP: OpenAI's chat and moderation endpoints under the guard, and Prometheus metrics.
 
@@ -102,6 +116,11 @@ def serve(
         "spool_text": spool_text,
     }
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    if cluster is not None:
+        _serve_on_cluster(settings, engine, cluster, replicas, max_replicas)
+        return
+    if replicas is not None or max_replicas is not None:
+        raise typer.BadParameter("--replicas and --max-replicas go with --cluster; on one machine it is --workers")
     if engine is None:
         engine = EngineName.TRANSFORMERS if settings.upstream is None else EngineName.ONNX
     if engine is EngineName.VLLM:
@@ -117,7 +136,9 @@ def serve(
     if settings.upstream is not None and engine is not EngineName.ONNX:
         raise typer.BadParameter("--upstream judges with --engine onnx; leave --engine out")
     if engine is EngineName.ONNX:
-        _check_sidecar(settings)
+        from service.sidecar import check_sidecar
+
+        check_sidecar(settings)
     else:
         _check_files(settings.bank, settings.policy)
     with _listen(settings) as listener:
@@ -129,16 +150,30 @@ def serve(
         run_server(settings, engine, listener)
 
 
+def _serve_on_cluster(
+    settings: Settings, engine: EngineName | None, cluster: str, replicas: int | None, max_replicas: int | None
+) -> None:
+    if engine not in (None, EngineName.ONNX):
+        raise typer.BadParameter("--cluster serves the sidecar (--engine onnx), or a proxy with --upstream")
+    from service.cluster import serve_on_cluster
+
+    def say(line: str) -> None:
+        error_console().print(line, markup=False, soft_wrap=True)
+
+    serve_on_cluster(settings, cluster, replicas=replicas or 1, max_replicas=max_replicas, say=say)
+
+
 def run_server(settings: Settings, engine: str, listener: socket.socket) -> None:
     """Serve on a listening socket until a signal ends it. engine: a value of `EngineName` other than vllm."""
     from service.app import create_app, make_server
+    from service.sidecar import sidecar_bank, start_sidecar
 
     onnx = engine == EngineName.ONNX
     app = create_app(
-        _start_onnx(settings) if onnx else _start_transformers(settings),
+        start_sidecar(settings) if onnx else _start_transformers(settings),
         settings,
         generates=not onnx,
-        bank=Path(settings.model or "") / "bank" if onnx and settings.bank is None else None,
+        bank=sidecar_bank(settings) if onnx else None,
     )
     make_server(app, settings).run(sockets=[listener])
 
@@ -147,30 +182,6 @@ def _start_transformers(settings: Settings) -> Callable[[Metrics], ServedEngine]
     from service.engine import TransformersEngine
 
     return lambda metrics: TransformersEngine.start(settings, metrics)
-
-
-def _start_onnx(settings: Settings) -> Callable[[Metrics], ServedEngine]:
-    from guard.engines.onnx import OnnxEngine
-
-    return lambda metrics: OnnxEngine.start(
-        Path(settings.model or ""),
-        bank=settings.bank,
-        policy=settings.policy,
-        metrics=metrics,
-        threads=settings.threads,
-        max_tokens=settings.max_input_tokens,
-    )
-
-
-def _check_sidecar(settings: Settings) -> None:
-    """Refuse a sidecar without its model before anything listens."""
-    from service.errors import SettingsError
-
-    if settings.model is None or not Path(settings.model).is_dir():
-        raise SettingsError(
-            "setting 'model': --engine onnx serves a folder that `sailguard export-onnx BANK FOLDER` wrote; "
-            f"give it as --model FOLDER, not {settings.model!r}"
-        )
 
 
 def _supervise(settings: Settings, engine: EngineName, listener: socket.socket) -> int:

@@ -26,4 +26,4 @@ router = APIRouter()
 )
 async def get_metrics(request: Request) -> Response:
     """Return every series."""
-    return Response(Services.of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    return Response(await Services.of(request).peers.page(), headers={"Content-Type": CONTENT_TYPE})

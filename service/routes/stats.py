@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -15,9 +14,6 @@ from service.errors import AsciiJSONResponse
 from service.schemas_about import GuardTime, Stats, TokenCounts
 from service.schemas_errors import ERRORS
 from service.services import Services
-
-if TYPE_CHECKING:
-    from guard.metrics import Metrics
 
 __all__ = ["router"]
 
@@ -29,7 +25,7 @@ async def get_stats(request: Request) -> Response:
     """Verdicts, judged texts, tokens and the guard's own time, since the server started."""
     services = Services.of(request)
     engine = services.engine()
-    counted = await asyncio.to_thread(_Counted, services.metrics)
+    counted = await asyncio.to_thread(_Counted, await services.peers.page())
     observed, generated = counted.total("tokens_observed_total"), counted.total("tokens_generated_total")
     seconds, steps = counted.total("step_overhead_seconds_sum"), counted.total("step_overhead_seconds_count")
     passes = counted.total("pass_seconds_total")
@@ -57,11 +53,11 @@ async def get_stats(request: Request) -> Response:
 class _Counted:
     """The samples of one page of metrics. Reading them takes a moment."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, page: bytes) -> None:
         from prometheus_client.parser import text_string_to_metric_families
 
         self._samples: dict[str, list[tuple[dict[str, str], float]]] = defaultdict(list)
-        for family in text_string_to_metric_families(metrics.render().decode()):
+        for family in text_string_to_metric_families(page.decode()):
             for sample in family.samples:
                 self._samples[sample.name].append((sample.labels, sample.value))
 

@@ -19,13 +19,14 @@ from service.settings import Settings
 from tests.deploy.prometheus import DEPLOY
 
 FOLDER = DEPLOY / "kubernetes"
+PATCH = FOLDER / "bank-volume.yaml"
 PAGE = DEPLOY.parent / "docs/monitoring.md"
 LABELS = {"app.kubernetes.io/name": "sailguard"}
 
 
 def manifests() -> dict[str, dict[str, Any]]:
     """Every manifest by its kind."""
-    files = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "policy.yaml")
+    files = sorted(path for path in FOLDER.glob("*.yaml") if path.name not in {"policy.yaml", PATCH.name})
     loaded = [document for path in files for document in yaml.safe_load_all(path.read_text()) if "kind" in document]
     assert len({document["kind"] for document in loaded}) == len(loaded)
     return {document["kind"]: document for document in loaded}
@@ -145,6 +146,26 @@ def test_the_policy_can_be_used() -> None:
     assert Policy.load(FOLDER / "policy.yaml").name == "cluster"
 
 
+def test_the_patch_for_a_volume_of_banks_fits_the_deployment() -> None:
+    patch = yaml.safe_load(PATCH.read_text())
+    assert [patch[key] for key in ("apiVersion", "kind", "metadata")] == [
+        DEPLOYMENT[key] for key in ("apiVersion", "kind", "metadata")
+    ]
+    pod = patch["spec"]["template"]["spec"]
+    (container,), (volume,) = pod["containers"], pod["volumes"]
+    assert container["name"] == CONTAINER["name"]
+    (variable,), (mount,) = container["env"], container["volumeMounts"]
+    assert variable["name"].removeprefix("SAILGUARD_").lower() in Settings.model_fields
+    assert variable["value"] == mount["mountPath"]
+    assert mount["name"] == volume["name"]
+    assert volume["name"] not in {other["name"] for other in POD["volumes"]}
+    assert mount["readOnly"] is volume["persistentVolumeClaim"]["readOnly"] is True
+
+
+def test_a_roll_out_takes_no_pod_away_before_the_next_one_is_ready() -> None:
+    assert DEPLOYMENT["spec"]["strategy"] == {"rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+
+
 def test_the_secrets_are_made_as_the_page_says() -> None:
     volumes = {volume["name"]: volume for volume in POD["volumes"]}
     (endpoint,) = ALL["ServiceMonitor"]["spec"]["endpoints"]
@@ -170,7 +191,7 @@ def test_the_autoscaler_scales_these_pods_by_a_metric_that_exists() -> None:
 
 def test_kustomize_lists_what_needs_nothing_but_kubernetes() -> None:
     listed = set(ALL["Kustomization"]["resources"])
-    optional = {"monitor.yaml", "prometheus-adapter.yaml"}
+    optional = {"monitor.yaml", "prometheus-adapter.yaml", PATCH.name}
     others = {path.name for path in FOLDER.glob("*.yaml")} - {"kustomization.yaml", "policy.yaml"}
     assert listed == others - optional
     (image,) = ALL["Kustomization"]["images"]

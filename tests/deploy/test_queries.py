@@ -30,6 +30,7 @@ class Troubled:
             metrics.set_policy(name="balanced", version=str(version), on_error="block")
             metrics.queued(20)
             metrics.in_flight(21)
+            metrics.set_behind("bank", True)
         self.first.set_ready(True)
         self.feed()
 

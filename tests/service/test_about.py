@@ -201,7 +201,7 @@ def test_stats_of_several_processes_are_added_up(tmp_path: Path) -> None:
     other = "from guard.metrics import Metrics; m = Metrics(); m.count_tokens(1, 2); m.count_request('prompt', 'allow')"
     mine = (
         "from guard.metrics import Metrics; from service.routes.stats import _Counted; m = Metrics(); "
-        "m.count_tokens(3, 4); c = _Counted(m); "
+        "m.count_tokens(3, 4); c = _Counted(m.render()); "
         "print(c.total('tokens_observed_total'), c.total('tokens_generated_total'), "
         "c.table('requests_total', 'phase', 'result')['prompt']['allow'])"
     )

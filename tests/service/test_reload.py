@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import shutil
 import signal
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import structlog
 
 from feature_bank.bank import FEATURES, HEADS, MANIFEST, WEIGHTS
+from feature_bank.errors import BankError
 from feature_bank.versions import VersionStore
 from guard.core import Guard
 from guard.metrics import Metrics
@@ -65,6 +67,9 @@ class Site:
 
     def count(self, what: str, result: str) -> float | None:
         return self.metrics.registry.get_sample_value("sailguard_reloads_total", {"what": what, "result": result})
+
+    def behind(self, what: str) -> float | None:
+        return self.metrics.registry.get_sample_value("sailguard_version_behind", {"what": what})
 
     def in_use(self) -> tuple[str, str]:
         assert self.slot.engine is not None
@@ -362,6 +367,47 @@ def watching(site: Site, story: Callable[[Counted], Awaitable[None]]) -> None:
 @pytest.fixture
 def watched(bank: Path, policy: Path, thread: ModelThread) -> Site:
     return Site(bank, policy, thread, watch_seconds=0.01)
+
+
+def test_the_metrics_say_while_the_files_hold_what_is_not_in_use(watched: Site) -> None:
+    bad, good = feature_policy("L9/9"), feature_policy("L1/1")
+
+    async def story(counted: Counted) -> None:
+        watched.policy.write_text(bad)
+        await until(lambda: watched.count("policy", "refused") == 1)
+        assert (watched.behind("policy"), watched.behind("bank")) == (1, 0)
+
+        def refuse(_: Any) -> Any:
+            raise BankError("it cannot be used")
+
+        # What was only tried changed no file.
+        result = await watched.reloader.exchange("bank", refuse, lambda: None, reason="test")
+        assert (result.result, watched.behind("bank")) == ("refused", 0)
+        await watched.reloader.reload("all", reason="test")  # the one that is to blame, and it alone
+        assert (watched.behind("policy"), watched.behind("bank")) == (1, 0)
+        watched.policy.write_text(good)
+        await until(lambda: watched.slot.engine is not watched.first)
+        await until(lambda: watched.behind("policy") == 0)
+
+    watching(watched, story)
+
+
+def test_one_at_a_time_has_its_turn_to_load(site: Site, thread: ModelThread) -> None:
+
+    held: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def turn() -> AsyncIterator[None]:
+        held.append("taken")
+        yield
+        held.append("given")
+
+    site.world.on_build = lambda: held.append("built")
+    chosen = Settings(bank=site.bank, policy=site.policy, watch_seconds=0.0)
+    reloader = Reloader(site.slot, thread, chosen, site.metrics, site.reloader.logger, turn=turn)
+    site.policy.write_text(policy_text("stricter", action="block"))
+    assert asyncio.run(reloader.reload("policy", reason="test")).result == "ok"
+    assert held == ["taken", "built", "given"]
 
 
 def test_a_changed_file_is_followed_and_a_refused_one_not_tried_again(watched: Site) -> None:
