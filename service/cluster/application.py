@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +75,21 @@ def make_application(settings: Settings, *, replicas: int = 1, max_replicas: int
         logging_config=quiet,
         **scaling,
     )
-    return replica.bind({**plain_values(settings), "threads": threads}, version(), turns.bind())
+    return replica.bind({**_absolute(plain_values(settings)), "threads": threads}, version(), turns.bind())
 
 
 _UNFIT = {
     "workers": "a replica is one process; say how many with --replicas",
     "watch_seconds": "replicas follow the bank's and the policy's files; give it some seconds, such as 2",
 }
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings with whole paths: replicas run in another folder. A link stays one, for it is to be followed."""
+    for name in ("model", "bank", "policy", "shadow", "api_keys_file", "audit", "spool"):
+        if values[name] is not None and (name in ("audit", "spool") or os.path.lexists(values[name])):
+            values[name] = os.path.abspath(values[name])
+    return values
 
 
 def _count(name: str, value: Any) -> int:

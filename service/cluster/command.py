@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from feature_bank.ray_cluster import connect, import_ray
+from service.cluster.application import DEPLOYMENT, make_application
 from service.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ def serve_on_cluster(
     Raises DataError if Ray is not installed or the cluster not reached, SettingsError for settings that cannot be used,
     an address that is taken, or replicas that do not come up, with their reason.
     """
-    from service.cluster.application import make_application
     from service.cluster.controller import is_running, served_at
     from service.worker import plain_values
 
@@ -78,20 +78,24 @@ def start_serve(settings: Settings) -> None:
         )
     except Exception as error:
         raise SettingsError(
-            f"Ray Serve could not listen on {settings.host}, port {port} ({_reason(error)}); choose another --host or "
-            "--port"
+            f"Ray Serve could not listen on {settings.host}, port {port} ({_last_words(str(error))}); choose another "
+            "--host or --port"
         ) from error
 
 
 def _run(serve: Any, application: Any) -> None:
+    """Return once all replicas serve."""
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except (RuntimeError, serve.exceptions.RayServeException) as error:
-        raise SettingsError(f"the replicas do not come up: {_reason(error)}") from error
+        found = serve.status().applications.get(APPLICATION)
+        said = found.deployments[DEPLOYMENT].message if found is not None and DEPLOYMENT in found.deployments else ""
+        raise SettingsError(f"the replicas do not come up: {_last_words(said or str(error))}") from error
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[-600:]
+def _last_words(text: str) -> str:
+    """What Ray's traceback ends with: the error of the process that failed."""
+    return " ".join(text.rpartition("RuntimeError: ")[2].split())[-600:]
 
 
 def _free_port(host: str) -> int:

@@ -58,6 +58,8 @@ class Troubled:
             metrics.count_audit_entry()
             metrics.count_spool_item("sampled")
             metrics.count_spool_drop("full")
+            metrics.count_shadow_text("judged")
+            metrics.count_shadow_disagreement("violence", "only_current")
             metrics.set_drift("violence", flag=8.0, firing=3.0, psi=0.5)
             for result in ("judged", "skipped", "error"):
                 metrics.count_shadow_text(result)

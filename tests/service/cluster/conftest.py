@@ -23,7 +23,7 @@ from feature_bank.versions import VersionStore
 from service.settings import Settings
 from tests.deploy.prometheus import free_port
 from tests.guard.onnx.conftest import exported  # noqa: F401 - a fixture
-from tests.training.cluster.conftest import TwoNodes, two_nodes  # noqa: F401 - a fixture
+from tests.training.cluster.conftest import TwoNodes, started_nodes
 
 PATIENCE = 120.0
 CLIENT, ADMIN, READER = "a-key-of-a-client", "a-key-of-the-admin", "a-key-of-a-reader"
@@ -126,7 +126,7 @@ def version_of(source: Path, folder: Path, version: str, *, canary: float = 0.0)
     return folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def built(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:  # noqa: F811
     """The files of an application, and its settings; nothing runs yet."""
     top = tmp_path_factory.mktemp("served")
@@ -150,14 +150,13 @@ def built(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:  
     return Served(f"http://127.0.0.1:{settings.port}", settings, top / "store", [*banks, wrong])
 
 
-@pytest.fixture(scope="package")
-def served(built: Served, two_nodes: TwoNodes) -> Iterator[Served]:  # noqa: F811
+@pytest.fixture(scope="module")
+def served(built: Served) -> Iterator[Served]:
     """Two replicas, one on each node."""
     from service.cluster.application import make_application
     from service.cluster.command import start_serve
 
-    two_nodes.add_second()
-    with connect(two_nodes.address, "serve"):
+    with started_nodes() as nodes, connect(add_second(nodes), "serve"):
         from ray import serve
 
         start_serve(built.settings)
@@ -166,6 +165,12 @@ def served(built: Served, two_nodes: TwoNodes) -> Iterator[Served]:  # noqa: F81
             yield built
         finally:
             serve.shutdown()
+
+
+def add_second(nodes: TwoNodes) -> str:
+    """Add the second node; returns the address of the first."""
+    nodes.add_second()
+    return nodes.address
 
 
 def keys_file(path: Path) -> Path:

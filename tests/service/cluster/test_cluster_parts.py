@@ -159,6 +159,18 @@ def test_what_does_not_fit_replicas_is_refused_before_the_cluster_is_joined(opti
 
 
 @pytest.mark.ray
+def test_replicas_are_told_whole_paths_and_follow_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sidecar").mkdir()
+    (tmp_path / "current").symlink_to("sidecar")
+    application = build({"model": "current", "policy": "monitor", "audit": "audit.sqlite"})
+    values, *_ = application._bound_deployment.init_args
+    told = [values[name] for name in ("model", "policy", "audit", "threads")]
+    assert told == [str(tmp_path / "current"), "monitor", str(tmp_path / "audit.sqlite"), 1]
+
+
+@pytest.mark.ray
 def test_replicas_have_to_follow_the_files(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     with pytest.raises(SettingsError, match="follow the bank's"):

@@ -66,7 +66,7 @@ def test_replicas_answer_what_one_server_answers(served: Served, tmp_path: Path)
 
 
 def test_a_stream_of_events_passes_and_ends_with_its_client(served: Served) -> None:
-    timeout = httpx.Timeout(PATIENCE, read=1.0)
+    timeout = httpx.Timeout(PATIENCE, read=10.0)  # less than from ping to ping
     with httpx.stream("GET", f"{served.url}/v1/events", headers=bearer(ADMIN), timeout=timeout) as stream:
         assert stream.status_code == 200
         lines = stream.iter_lines()
@@ -138,7 +138,7 @@ def test_a_process_that_is_killed_costs_its_own_requests_at_most_and_another_one
         since = len(hammer.statuses)
         wait_for(lambda: len(hammer.statuses) > since + 12)
     assert set(hammer.statuses) <= {200, 500, 503}
-    assert len(hammer.problems) <= 3  # one request of each client was under way
+    assert len(hammer.problems) == len(hammer.statuses) - hammer.statuses.count(200) <= 6  # no connection broke
     assert set(hammer.statuses[since:]) == {200}
     files = sorted(path.name for path in (served.store.parent / "audit").glob("*.sqlite"))
     assert files == ["audit.0.sqlite", "audit.1.sqlite"]  # it goes on with the file of the dead one

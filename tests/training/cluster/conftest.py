@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -47,8 +48,9 @@ class TwoNodes:
             self.cluster.remove_node(node, allow_graceful=False)
 
 
-@pytest.fixture(scope="package")
-def two_nodes() -> Iterator[TwoNodes]:
+@contextmanager
+def started_nodes() -> Iterator[TwoNodes]:
+    """The cluster, with its head alone; the test is skipped where Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed; pip install 'sailguard[ray]', or scripts/test --all")
     with pytest.MonkeyPatch.context() as patch:
@@ -73,6 +75,12 @@ def two_nodes() -> Iterator[TwoNodes]:
 
             ray.shutdown()
             cluster.shutdown()
+
+
+@pytest.fixture(scope="package")
+def two_nodes() -> Iterator[TwoNodes]:
+    with started_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture
