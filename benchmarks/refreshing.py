@@ -3,15 +3,16 @@
     python -m benchmarks.refreshing --data FOLDER [--work FOLDER]
 
 Fifty harmless sentences about town councils and parliament buildings flag politics. A server judges them with a spool,
-all are marked as false positives, and the heads are refreshed twice: held by the project's own texts alone, and by
-those of FOLDER's `fit.jsonl.gz` that have a label for politics as well. Both candidates are measured on `dev.jsonl.gz`,
-which nothing is fitted on.
+all are marked as false positives, and the heads are refreshed twice: held by the project's own texts alone, and also by
+those of FOLDER's `fit.jsonl.gz` that have a label for politics and one in eight of `general.jsonl.gz`. Both candidates
+are measured on `dev.jsonl.gz`, which nothing is fitted on.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import tempfile
 import time
@@ -26,8 +27,10 @@ from guard.models import LoadedModel, load_model
 from training.refresh import Refreshed, refresh_bank
 
 DOMAIN = "politics"
+SAMPLE = 8  # one of so many rows without labels
+FILES = ("fit.jsonl.gz", "general.jsonl.gz", "dev.jsonl.gz")
 FORMS = ("whole", "streaming")
-GATED = {"auroc": -1, "tpr_0.01": -1, "tpr_0.05": -1, "fpr_0.01": 1, "fpr_0.05": 1}
+WORSE = {"auroc": -1, "tpr_0.01": -1, "tpr_0.05": -1, "fpr_0.01": 1, "fpr_0.05": 1}
 PLACES = ("Oslo", "Kyoto", "Lyon", "Bergen", "Porto")
 CIVIC = (
     "The town council of {} meets on the first Monday of the month in the old assembly hall.",
@@ -78,11 +81,17 @@ def mark_all(spool: Path) -> int:
     return len(items)
 
 
-def write_labelled(source: Path, target: Path) -> Path:
-    """The rows of a file that have a label for the domain."""
-    with gzip.open(source, "rt", encoding="utf-8") as rows, target.open("w", encoding="utf-8") as file:
+def corpus(data: Path, scratch: Path) -> list[Path]:
+    """The rows that hold the heads: those with a label for the domain, and a sample of the others."""
+    found = [scratch / "fit.jsonl", scratch / "general.jsonl"]
+    with gzip.open(data / "fit.jsonl.gz", "rt", encoding="utf-8") as rows, found[0].open("w", encoding="utf-8") as file:
         file.writelines(line for line in rows if DOMAIN in json.loads(line).get("known", ()))
-    return target
+    with (
+        gzip.open(data / "general.jsonl.gz", "rt", encoding="utf-8") as rows,
+        found[1].open("w", encoding="utf-8") as file,
+    ):
+        file.writelines(itertools.islice(rows, SAMPLE // 4, None, SAMPLE))
+    return found
 
 
 def worst_loss(measured: Mapping[str, Any]) -> float:
@@ -90,7 +99,7 @@ def worst_loss(measured: Mapping[str, Any]) -> float:
     return max(
         (measured[form][key]["after"]["value"] - measured[form][key]["before"]["value"]) * sign
         for form in FORMS
-        for key, sign in GATED.items()
+        for key, sign in WORSE.items()
     )
 
 
@@ -102,7 +111,7 @@ def figures_of(name: str, found: Refreshed, flagged: int) -> dict[str, Figure]:
         f"marked_flagged_{name}": Figure(value=flagged, unit="texts", n=len(TEXTS)),
         f"dev_worst_loss_{name}": Figure(value=round(worst_loss(dev), 4), unit="share", n=n),
     }
-    for key in GATED:
+    for key in WORSE:
         value = dev["whole"][key]["after"]["value"]
         figures[f"dev_{key.replace('.', '')}_{name}"] = Figure(value=round(value, 4), unit="share", n=n)
     return figures
@@ -110,11 +119,11 @@ def figures_of(name: str, found: Refreshed, flagged: int) -> dict[str, Figure]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a folder with fit.jsonl.gz and dev.jsonl.gz")
+    parser.add_argument("--data", type=Path, required=True, help=f"a folder with {', '.join(FILES)}")
     parser.add_argument("--work", type=Path, default=None, help="where encoded texts are kept for a second run")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    for name in ("fit.jsonl.gz", "dev.jsonl.gz"):
+    for name in FILES:
         if not (options.data / name).is_file():
             parser.error(f"--data {options.data}: there is no {name} in it")
     loaded = load_model()
@@ -131,9 +140,8 @@ def _measure(loaded: LoadedModel, data: Path, scratch: Path, work: Path) -> tupl
         )
     }
     detail: dict[str, Any] = {"marked": mark_all(spool), "domain": DOMAIN}
-    held_by = {"own": [], "data": [write_labelled(data / "fit.jsonl.gz", scratch / "fit.jsonl")]}
+    held_by = {"own": [], "data": corpus(data, scratch)}
     for name, files in held_by.items():
-        started = time.perf_counter()
         found = refresh_bank(
             shipped_bank_path(),
             spool=spool,
@@ -146,7 +154,7 @@ def _measure(loaded: LoadedModel, data: Path, scratch: Path, work: Path) -> tupl
         )
         figures |= figures_of(name, found, judge(found.folder))
         parts = ("fixed", "fresh", "problems", "heads")
-        detail[name] = {"seconds": round(time.perf_counter() - started, 1), **{key: found.report[key] for key in parts}}
+        detail[name] = {key: found.report[key] for key in parts}
     return figures, detail
 
 

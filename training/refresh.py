@@ -42,7 +42,7 @@ ENCODED = "encoded"
 RETRAINED = "retrained"
 TEST = "the test split"
 DEV = "--dev"
-MARGIN = 0.01
+MARGIN = 0.02
 
 Retrain = Callable[[Bank, Path, Path, Report], Bank]
 """retrain(bank, spool, work, report): a bank of new features, for the same domains, made in the folder `work`."""

@@ -222,8 +222,8 @@ def recalibrate(before: Form, after: Form, domain: str, replay: Replay, false_po
     pooled = np.concatenate([have, marked])
     found = {}
     for rate, threshold in before.thresholds.items():
-        allowed = max(float(rate), float(alone[had >= threshold].sum()))
-        needed = _least(pooled, together, allowed)
+        share = float(alone[had >= threshold].sum())
+        needed = max(_least(pooled, together, max(float(rate), share)), _least(have, alone, share))
         found[rate] = needed if int((had >= threshold).sum()) >= SEEN else max(threshold, needed)
     return replace(after, thresholds=found)
 

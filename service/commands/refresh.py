@@ -46,7 +46,7 @@ def refresh(
             max=1.0,
             help="How far AUROC or true-positive rate may fall, or false-positive rate rise.",
         ),
-    ] = 0.01,
+    ] = 0.02,
     promote: Annotated[bool, typer.Option("--promote", help="Make it the current version if nothing fell.")] = False,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train new SAEs on --data and on the texts that the spool was let keep.")
