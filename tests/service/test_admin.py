@@ -405,7 +405,7 @@ def test_without_a_guard_there_is_nothing_to_administer(make_app: Callable[..., 
 def test_every_route_documents_its_answers(open_admin: Callable[..., TestClient], bank: Path) -> None:
     schema = open_admin(bank).app.openapi()  # type: ignore[attr-defined]
     paths = [path for path in schema["paths"] if path.startswith(("/admin/", "/v1/features", "/v1/traces"))]
-    assert len(paths) == 15
+    assert len(paths) == 18
     for path in paths:
         for operation in schema["paths"][path].values():
             assert operation["summary"]
