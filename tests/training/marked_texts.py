@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from feature_bank.bank import Bank
-from feature_bank.spool import Selection, Spool, SpoolItem, pack
+from feature_bank.spool import Acts, Selection, Spool, SpoolItem, pack
 from training.refresh_heads import forms_of, score
 from training.refresh_texts import Texts
 
@@ -35,34 +35,48 @@ def write_texts(path: Path, seed: int, *, odd: bool = False) -> Path:
     return path
 
 
+def item_of(bank: Bank, number: int, acts: Acts, *, flagged: bool, text: str | None = None) -> SpoolItem:
+    """A text as the bank judged it, and kept."""
+    return SpoolItem(
+        unix=1e9,
+        request_id=f"r{number}",
+        endpoint="moderations",
+        choice=0,
+        phase="prompt",
+        streamed=False,
+        bank=bank.version,
+        content_hash=bank.content_hash,
+        policy="test",
+        model="tiny",
+        action="flag" if flagged else "allow",
+        scores=dict.fromkeys(bank.heads, 0.5),
+        flagged=("politics",) if flagged else (),
+        tokens=len(acts.segments),
+        acts=pack(*acts),
+        why="sampled",
+        text=text,
+    )
+
+
+def add_marked(spool: Spool, item: SpoolItem, mark: Any) -> None:
+    """Add an item with a mark on it."""
+    spool.add([item])
+    number = spool.newest(Selection(), limit=1)[0].id
+    assert number is not None
+    spool.mark(number, "politics", mark, reviewer="an analyst")
+
+
 def spool_of(path: Path, bank: Bank, texts: Texts, rows: list[int], mark: Any, *, marked: bool = True) -> Path:
     """A spool with some of the texts as items."""
     with Spool.open_for_writing(path) as spool:
         for row in rows:
             one = texts.choose(np.array([row]))
-            item = SpoolItem(
-                unix=1e9,
-                request_id=f"r{row}",
-                endpoint="moderations",
-                choice=0,
-                phase="prompt",
-                streamed=False,
-                bank=bank.version,
-                content_hash=bank.content_hash,
-                policy="test",
-                model="tiny",
-                action="flag" if mark == "false_positive" else "allow",
-                scores=dict.fromkeys(bank.heads, 0.5),
-                flagged=("politics",) if mark == "false_positive" else (),
-                tokens=len(one.text),
-                acts=pack(one.segment, one.acts.toarray()),
-                why="sampled",
-            )
-            spool.add([item])
+            acts = Acts(one.segment, one.acts.toarray())
+            item = item_of(bank, row, acts, flagged=mark == "false_positive")
             if marked:
-                number = spool.newest(Selection(), limit=1)[0].id
-                assert number is not None
-                spool.mark(number, "politics", mark, reviewer="an analyst")
+                add_marked(spool, item, mark)
+            else:
+                spool.add([item])
     return path
 
 

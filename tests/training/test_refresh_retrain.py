@@ -11,7 +11,8 @@ import pytest
 
 from feature_bank.bank import Bank
 from feature_bank.errors import DataError
-from feature_bank.spool import Selection, Spool, SpoolItem, pack
+from feature_bank.spool import Acts, Spool
+from tests.training.marked_texts import add_marked, item_of
 from tests.training.workshop import OTHERS, POLITICS, Trained, Workshop
 from training.pipeline import load_preset
 from training.refresh import refresh_bank
@@ -28,31 +29,12 @@ def spool_of(path: Path, bank: Bank, *, texts: bool, marked: int = 24, unmarked:
         for number in range(marked + unmarked):
             positive = number % 2 == 0
             words = " ".join([*generator.choice(POLITICS if positive else OTHERS, 5), WORD])
-            acts = generator.uniform(0, 1, (6, len(bank.features))).astype(np.float32)
-            item = SpoolItem(
-                unix=1e9,
-                request_id=f"r{number}",
-                endpoint="moderations",
-                choice=0,
-                phase="prompt",
-                streamed=False,
-                bank=bank.version,
-                content_hash=bank.content_hash,
-                policy="test",
-                model="tiny",
-                action="allow" if positive else "flag",
-                scores=dict.fromkeys(bank.heads, 0.5),
-                flagged=() if positive else ("politics",),
-                tokens=6,
-                acts=pack(np.zeros(6, dtype=np.int64), acts),
-                why="sampled",
-                text=words if texts else None,
-            )
-            spool.add([item])
+            acts = Acts(np.zeros(6, np.int64), generator.uniform(0, 1, (6, len(bank.features))).astype(np.float32))
+            item = item_of(bank, number, acts, flagged=not positive, text=words if texts else None)
             if number < marked:
-                newest = spool.newest(Selection(), limit=1)[0].id
-                assert newest is not None
-                spool.mark(newest, "politics", "miss" if positive else "false_positive", reviewer="an analyst")
+                add_marked(spool, item, "miss" if positive else "false_positive")
+            else:
+                spool.add([item])
     return path
 
 
