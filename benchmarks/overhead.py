@@ -132,7 +132,8 @@ def timed_engine(watch: Stopwatch) -> Iterator[None]:
             setattr(Engine, name, function)
 
 
-def _resident_mb() -> float:
+def resident_mb() -> float:
+    """Memory that this process has now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
 
@@ -303,10 +304,10 @@ class Bench:
 
         for _ in range(2):
             work()
-        before = _resident_mb()
+        before = resident_mb()
         with Guard.from_bank(self.bank, policy=self.guard.policy).attach(self.loaded.model, self.loaded.tokenizer):
             work()
-            return _resident_mb() - before
+            return resident_mb() - before
 
     def instrumented(self, batch: int, tokens: int) -> dict[str, float]:
         """One guarded `model.generate` with the engine's own time taken apart: seconds by label, and "total"."""

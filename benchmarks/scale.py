@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.cost_curve import Cost, cost_curve, preset_runs
 from benchmarks.harvesting import read_text, sequences_of
-from benchmarks.overhead import interleaved
+from benchmarks.overhead import interleaved, resident_mb
 from benchmarks.results import RESULTS, Figure, write_result
 from feature_bank.ray_cluster import connect
 from guard.models import load_model
@@ -108,7 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     loaded = load_model(device="cpu")
     text = read_text(options.data)
+    before = resident_mb()
+    started = time.perf_counter()
     corpus, _ = sequences_of(text, loaded.tokenizer, options.curve_tokens)
+    tokens = sum(len(sequence.ids) for sequence in corpus)
+    prepared = {
+        "tokenise_tokens_per_s": Figure(value=round(tokens / (time.perf_counter() - started), 1), unit="tokens/s"),
+        "memory_bytes_per_token": Figure(value=round((resident_mb() - before) * 1e6 / tokens, 1), unit="bytes"),
+    }
     sequences, _ = sequences_of(text, loaded.tokenizer, options.tokens)
     with tempfile.TemporaryDirectory() as scratch:
         costs = cost_curve(loaded.model, corpus, preset_runs(), Path(scratch))
@@ -125,11 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokens_per_second": {name: [round(rate, 1) for rate in found] for name, found in rates.items()},
         "start_seconds": {name: [round(s, 2) for s in found] for name, found in bench.start_seconds.items()},
     }
-    print(
-        write_result(
-            "scale", {**figures_of(rates), **curve_figures(costs)}, detail, packages=["ray"], folder=options.out
-        )
-    )
+    figures = {**figures_of(rates), **curve_figures(costs), **prepared}
+    print(write_result("scale", figures, detail, packages=["ray"], folder=options.out))
 
 
 if __name__ == "__main__":
