@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
@@ -26,7 +24,8 @@ from feature_bank.errors import DataError
 from feature_bank.identity import identify
 from service.cli import build_app
 from tests.training.cluster.conftest import TwoNodes
-from tests.training.cluster.samples import PAUSE, RAY, Slowly
+from tests.training.cluster.drivers import stop_driver
+from tests.training.cluster.samples import RAY, Slowly
 from tests.training.endpoint_server import PATIENCE, ScriptedServer, fail, say
 from tests.training.planted import WordTokenizer, cut, firing_where, keys, noise, planted_documents, small_taxonomy
 from tests.training.samples import contents
@@ -48,7 +47,6 @@ from training.spreading import Work, work_off
 from training.stages import Stages
 
 pytestmark = RAY
-ROOT = Path(__file__).parents[3]
 PARTS = 12
 LEVELS: tuple[Level, ...] = ("token", "segment")
 
@@ -149,22 +147,7 @@ def test_a_driver_that_is_stopped_goes_on_with_what_is_finished(
 ) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
-    command = [sys.executable, "-m", "tests.training.cluster.test_cluster_explain", str(tmp_path), cluster.address]
-    log = tmp_path.with_suffix(".log")
-    with log.open("wb") as file:
-        driver = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
-        try:
-            deadline = time.monotonic() + 60
-            while len(list(kept.glob("*.json"))) < 3:
-                assert driver.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(PAUSE / 5)
-            driver.send_signal(end)
-            code = driver.wait(timeout=30)
-        finally:
-            driver.kill()
-            driver.wait()
-    assert code == (-signal.SIGKILL if end == signal.SIGKILL else 130), log.read_text()
+    stop_driver(__name__, tmp_path, cluster.address, once=lambda: len(list(kept.glob("*.json"))) >= 3, end=end)
     finished = contents(kept)
     assert 3 <= len(finished) < PARTS
     work = Slowly(folder=tmp_path)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,13 @@ import pytest
 
 from feature_bank.errors import DataError
 from tests.training.cluster.conftest import TwoNodes
-from tests.training.cluster.samples import PAUSE, RAY, LlamaForCausalLM, toy
+from tests.training.cluster.drivers import stop_driver
+from tests.training.cluster.samples import RAY, LlamaForCausalLM, toy
 from tests.training.samples import TOY_HOOKS, contents, toy_sequences
 from training.cache import MANIFEST
 from training.cluster.harvesting import make_on_cluster, pack, unpack
 
 pytestmark = RAY
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +75,7 @@ def test_a_node_that_is_killed_costs_its_running_shards_only(
 def test_a_driver_that_is_stopped_is_taken_up_where_it_was(
     cluster: TwoNodes, whole: dict[str, bytes], tmp_path: Path, end: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "tests.training.cluster.test_cluster_harvest", str(tmp_path), cluster.address]
-    log = tmp_path.with_suffix(".log")
-    with log.open("wb") as file:
-        driver = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
-        try:
-            deadline = time.monotonic() + 60
-            while len(list(tmp_path.glob("shard-*"))) < 3:
-                assert driver.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(PAUSE / 5)
-            driver.send_signal(end)
-            code = driver.wait(timeout=30)
-        finally:
-            driver.kill()
-            driver.wait()
-    assert code == (-signal.SIGKILL if end == signal.SIGKILL else 130), log.read_text()
+    stop_driver(__name__, tmp_path, cluster.address, once=lambda: len(list(tmp_path.glob("shard-*"))) >= 3, end=end)
     finished = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
     assert 3 <= len(finished) < len(whole) - 3
     toy(tmp_path, **({"make": make_on_cluster} if end == signal.SIGKILL else {}))  # it may as well go on here
