@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 class ShardActor:
-    """Holds the model, and makes a shard a call; one is written while the next is computed. Runs on a worker."""
+    """Holds the model, and makes one shard a call. Runs on a worker."""
 
     def __init__(self, model: Any, maker: ShardMaker, device_type: str, threads: int, expected_version: str) -> None:
         import ray
 
         torch.set_num_threads(threads)
-        self._computing = threading.Lock()
         self._maker = maker
         self._version = expected_version
         self._model = ray.get(model[0]).to(device_type)
@@ -58,9 +56,7 @@ class ShardActor:
         check_shared(self._maker.folder / MANIFEST)
         if self._maker.has(number, sum(len(s.positions) for s in members)):
             return  # a machine was lost after it had written the shard
-        with self._computing:
-            tensors = self._maker.capture(self._model, members)
-        self._maker.write(number, tensors)
+        self._maker.write(number, self._maker.capture(self._model, members))
 
 
 def harvest_on_cluster(
@@ -98,7 +94,6 @@ def make_on_cluster(
         places,
         workers=workers,
         kept="finished shards are kept",
-        overlapping=True,
     )
     del tables
     for row in found:

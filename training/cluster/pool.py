@@ -13,21 +13,13 @@ TASKS_AHEAD = 2  # rows that an actor has at hand: one in work, one waiting
 
 
 def work_off_tables(
-    actor: type,
-    arguments: Sequence[Any],
-    tables: Sequence[Any],
-    places: Room,
-    *,
-    workers: int,
-    kept: str,
-    overlapping: bool = False,
+    actor: type, arguments: Sequence[Any], tables: Sequence[Any], places: Room, *, workers: int, kept: str
 ) -> Generator[dict[str, Any]]:
     """What the actors make of the rows, in whatever order.
 
     actor: is made with `arguments` on each worker and called with a table of one row; it gives such a table, with the
     columns `number` and `error`, which is empty or what no other actor would avoid. An argument that is large is a
-    reference to an object, in a list, where Ray leaves it one. kept: what is not lost if the cluster is. overlapping:
-    call an actor for the next row, in another thread, while it is still at one; it says itself what must not overlap.
+    reference to an object, in a list, where Ray leaves it one. kept: what is not lost if the cluster is.
 
     Raises DataError for the first error, and for a cluster that is lost.
     """
@@ -42,12 +34,7 @@ def work_off_tables(
         batch_format="pyarrow",
         # From one: what a lost machine held in hand goes to others once they have nothing else to do
         compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=workers,
-            initial_size=workers,
-            max_tasks_in_flight_per_actor=TASKS_AHEAD,
-            max_concurrent_calls_per_actor=TASKS_AHEAD if overlapping else 1,
-            enable_true_multi_threading=overlapping,
+            min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=TASKS_AHEAD
         ),
         num_cpus=places.cpus,
         num_gpus=places.gpus,
