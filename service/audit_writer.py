@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import threading
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.audit_store import AuditError, Row, audit_error, insert, open_for_writing, prune_batch
+from service.file_place import FilePlace
 
 __all__ = ["Writer"]
 
@@ -73,7 +73,7 @@ class Writer:
         self._closing = False
         self._prune_at = time.monotonic()
         self._connection: sqlite3.Connection | None = open_for_writing(self._path)
-        self._inode = self._place()
+        self._place = FilePlace(self._path, audit_error)
         self._thread = threading.Thread(target=self._run, name="sailguard-audit", daemon=True)
         self._thread.start()
 
@@ -144,7 +144,7 @@ class Writer:
     def _commit(self, batch: Sequence[_Write]) -> None:
         rows = [row for write in batch for row in write.rows]
         try:
-            self._check_place()
+            self._place.check()
             insert(self._connect(), rows)
         except Exception as error:  # noqa: BLE001 - whoever waits gets it, and the thread lives on
             self._after(error)
@@ -167,28 +167,13 @@ class Writer:
         if not self._days or time.monotonic() < self._prune_at:
             return
         try:
-            self._check_place()
+            self._place.check()
             if prune_batch(self._connect(), self._clock() - self._days * _DAY):
                 return
         except Exception as error:  # noqa: BLE001 - it is reported, and tried again in an hour
             self._after(error)
             self._on_trouble(error)
         self._prune_at = time.monotonic() + _PRUNE_SECONDS
-
-    def _place(self) -> tuple[int, int]:
-        status = os.stat(self._path)
-        return status.st_dev, status.st_ino
-
-    def _check_place(self) -> None:
-        """Refuse to write where nobody would find it: into a file that was removed, moved away or replaced."""
-        try:
-            there = self._place()
-        except OSError:
-            there = None
-        if there != self._inode:
-            raise audit_error(
-                self._path, "it was moved, removed or replaced while it was in use: put it back or restart the server"
-            )
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from feature_bank.errors import SailguardError
 from feature_bank.spool import Acts, Spool, SpoolItem, spool_error
 from feature_bank.spool_retention import remove_beyond, remove_older
+from service.file_place import FilePlace
 from service.spool_drift import Drift, DriftMetrics
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SpoolWriter:
         self._failures = 0
         self._logged_at = -math.inf
         self._spool: Spool | None = Spool.open_for_writing(self._path)
-        self._inode = self._place()
+        self._place = FilePlace(self._path, spool_error)
         self._thread = threading.Thread(target=self._run, name="sailguard-spool", daemon=True)
         self._thread.start()
 
@@ -140,7 +140,7 @@ class SpoolWriter:
         if not items:
             return
         try:
-            self._check_place()
+            self._place.check()
             self._connect().add(items)
         except Exception as error:  # noqa: BLE001 - it is counted and logged, and the thread lives on
             self._trouble(error, len(items))
@@ -172,7 +172,7 @@ class SpoolWriter:
             if now >= self._old_at:
                 self._old_at = now + _OLD_SECONDS
             if self._most and now >= self._size_at:
-                self._check_place()
+                self._place.check()
                 while remove_beyond(self._connect(), self._most) and not self._waiting:
                     pass
                 self._size_at = now + _SIZE_SECONDS
@@ -189,19 +189,6 @@ class SpoolWriter:
         if self._logger is not None and now - self._logged_at >= _LOG_SECONDS:
             self._logged_at = now
             self._logger.error("spool not written", reason=_reason(error), failures=self._failures)
-
-    def _place(self) -> tuple[int, int]:
-        status = os.stat(self._path)
-        return status.st_dev, status.st_ino
-
-    def _check_place(self) -> None:
-        """Refuse to write where nobody would find it: into a file that was removed, moved away or replaced."""
-        with contextlib.suppress(OSError):
-            if self._place() == self._inode:
-                return
-        raise spool_error(
-            self._path, "it was moved, removed or replaced while it was in use: put it back or restart the server"
-        )
 
     def _connect(self) -> Spool:
         if self._spool is None:
