@@ -39,6 +39,8 @@ class Served:
     store: Path
     banks: list[Path] = field(default_factory=list)
     """Two that can be used, and one whose canary is wrong."""
+    nodes: TwoNodes | None = None
+    """Where it runs."""
 
     def get(self, path: str, key: str = ADMIN) -> httpx.Response:
         return httpx.get(self.url + path, headers=bearer(key), timeout=PATIENCE)
@@ -72,16 +74,17 @@ class Hammer:
     """Clients that ask without a break, and all that they were answered: statuses, and banks in the order they came."""
 
     url: str
+    clients: int = 3
     statuses: list[int] = field(default_factory=list)
     banks: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Hammer:
-        self._threads = [threading.Thread(target=self._ask, name=f"client-{i}") for i in range(3)]
+        self._threads = [threading.Thread(target=self._ask, name=f"client-{i}") for i in range(self.clients)]
         for thread in self._threads:
             thread.start()
-        wait_for(lambda: len(self.statuses) >= 6)
+        wait_for(lambda: len(self.statuses) >= 2 * self.clients)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -162,6 +165,7 @@ def served(built: Served) -> Iterator[Served]:
         start_serve(built.settings)
         try:
             serve.run(make_application(built.settings, replicas=2), name="sailguard", route_prefix="/")
+            built.nodes = nodes
             yield built
         finally:
             serve.shutdown()

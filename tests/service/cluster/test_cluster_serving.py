@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -168,6 +169,49 @@ def test_an_update_of_the_application_drops_no_request_and_one_that_fails_leaves
         wait_for(lambda: len(hammer.statuses) > since + 12)
     assert hammer.problems == []
     assert set(hammer.statuses) == {200}
+
+
+def test_replicas_are_added_while_requests_wait(served: Served) -> None:
+    from ray import serve
+
+    from service.cluster.application import make_application
+
+    application = make_application(served.settings, replicas=1, max_replicas=2)
+    serve.run(application, name="sailguard", route_prefix="/")
+    wait_for(lambda: len(served.banks_in_use()) == 1)
+    with Hammer(served.url, clients=24) as hammer:
+        wait_for(lambda: len(served.banks_in_use()) == 2)
+    assert hammer.problems == []
+    assert set(hammer.statuses) == {200}
+
+
+def test_a_machine_that_is_lost_costs_its_own_requests_and_one_that_comes_gets_a_replica(served: Served) -> None:
+    from ray import serve
+
+    from service.cluster.application import make_application
+
+    nodes = served.nodes
+    assert nodes is not None
+    serve.run(make_application(served.settings, replicas=2), name="sailguard", route_prefix="/")
+    with Hammer(served.url) as hammer:
+        nodes.kill_second()
+        wait_for(lambda: pages(served) == 1)
+        since = len(hammer.statuses)
+        wait_for(lambda: len(hammer.statuses) > since + 12)
+        until = len(hammer.statuses)
+        nodes.add_second()
+        wait_for(lambda: pages(served) == 2)
+    assert set(hammer.statuses) <= {200, 500, 503}
+    assert len(hammer.problems) <= 6
+    assert set(hammer.statuses[since + 3 :]) == {200}
+    assert until > since
+
+
+def pages(served: Served) -> int:
+    """Replicas that are seen by way of one; 0 while it does not answer."""
+    with contextlib.suppress(httpx.HTTPError, ValueError):
+        return len(served.banks_in_use())
+    return 0
 
 
 def process_of_a_replica() -> int:
