@@ -2,7 +2,8 @@
 
     python -m benchmarks.service_load URL --clients 64 --seconds 120 --tokens 20,100,400
 
-Prints one JSON line: how many requests ended how, and how long each of the answered ones took.
+With `--path /healthz` they get that page instead. Prints one JSON line: how many requests ended how, and how long each
+of the answered ones took.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+MODERATIONS = "/v1/moderations"
 PASSAGE = (
     "The harbour of the old town opens to the north and its warehouses now hold a museum a library and two schools "
     "where in winter the fishermen mend their nets while the children read about rivers glaciers and distant coasts"
@@ -31,10 +33,11 @@ def text(tokens: int, number: int) -> str:
 class Client:
     """One connection that is kept, and opened again when the server closes it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, path: str) -> None:
         place = urlsplit(url)
         self._host, self._port = place.hostname or "", place.port or 80
-        self._head = f"POST /v1/moderations HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
+        method = "POST" if path == MODERATIONS else "GET"
+        self._head = f"{method} {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
@@ -62,15 +65,17 @@ class Client:
         self._reader = self._writer = None
 
 
-async def run(url: str, clients: int, seconds: float, tokens: Sequence[int]) -> dict[str, Any]:
+async def run(url: str, clients: int, seconds: float, tokens: Sequence[int], path: str = MODERATIONS) -> dict[str, Any]:
     """The closed loop: each client asks again as soon as it has its answer."""
     bodies = [json.dumps({"input": text(n, i)}).encode() for i in range(8) for n in tokens]
+    if path != MODERATIONS:
+        bodies = [b""]
     statuses: Counter[int] = Counter()
     times: list[float] = []
     ends = time.perf_counter() + seconds
 
     async def loop(number: int) -> None:
-        client, turn = Client(url), number
+        client, turn = Client(url, path), number
         while (began := time.perf_counter()) < ends:
             status = await client.ask(bodies[turn % len(bodies)])
             statuses[status] += 1
@@ -91,8 +96,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--tokens", default="100")
+    parser.add_argument("--path", default=MODERATIONS)
     args = parser.parse_args()
-    found = asyncio.run(run(args.url, args.clients, args.seconds, [int(n) for n in args.tokens.split(",")]))
+    found = asyncio.run(run(args.url, args.clients, args.seconds, [int(n) for n in args.tokens.split(",")], args.path))
     print(json.dumps(found))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,11 +31,20 @@ def test_the_runs_are_those_of_the_preset() -> None:
 
 def test_figures_are_medians_of_rounds_and_costs_a_token() -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
-    from benchmarks.scale import curve_figures, figures_of
+    from benchmarks.scale import ARMS, curve_figures, figures_of
 
-    rates: dict[str, Any] = {"here": [10.0, 12.0, 11.0], "ray_1": [10.0, 10.0, 10.0], "ray_2": [20.0, 15.0, 18.0]}
+    rates = {
+        "here_1_core": [10.0, 12.0, 11.0],
+        "here_2_cores": [15.0, 15.0, 9.0],
+        "ray_1_worker": [10.0, 10.0, 10.0],
+        "ray_1_worker_1_core": [8.0, 10.0, 10.0],
+        "ray_2_workers": [20.0, 15.0, 18.0],
+    }
+    assert rates.keys() == ARMS.keys()
     found = figures_of(rates)
     assert found["ray_overhead"].value == 1.1
+    assert found["ray_overhead_1_core"].value == 1.2
+    assert found["ray_overhead_2_cores"].value == 0.75
     assert found["harvest_2_workers_vs_1"].value == 1.8
     curve = curve_figures([Cost(100, 10.0, 1.0, 400), Cost(400, 20.0, 8.0, 800), Cost(1600, 80.0, 16.0, 3200)])
     assert curve["harvest_cost_per_token_16x_vs_1x"].value == 0.5
