@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from feature_bank.ray_cluster import connect
 
 OBJECT_STORE = 80 << 20
+FREE_SECONDS = 60.0
 # A node that is gone is noticed in seconds, not in half a minute
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
@@ -24,7 +26,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     # Room on a node that is gone is waited for this long, before fewer workers are started
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+    # (long enough for a worker to start on a busy machine)
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 
@@ -85,10 +88,21 @@ def two_nodes() -> Iterator[TwoNodes]:
 
 @pytest.fixture
 def cluster(two_nodes: TwoNodes) -> Iterator[TwoNodes]:
-    """Both nodes are there, and this process is connected."""
+    """Both nodes are there, with nothing on them, and this process is connected."""
     two_nodes.add_second()
     with connect(two_nodes.address):
+        _await_free_cpus(2)
         yield two_nodes
+
+
+def _await_free_cpus(count: int) -> None:
+    """What the test before had on them takes a moment to end."""
+    import ray
+
+    deadline = time.monotonic() + FREE_SECONDS
+    while (free := ray.available_resources().get("CPU", 0.0)) < count:
+        assert time.monotonic() < deadline, f"{free} CPUs of {count} are free"
+        time.sleep(0.1)
 
 
 @pytest.fixture(autouse=True)

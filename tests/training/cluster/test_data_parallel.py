@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.cluster.conftest import TwoNodes
+from tests.training.cluster.conftest import TwoNodes, started_nodes
 from tests.training.cluster.samples import BATCH, RAY, SlowReader, saes, toy
 from tests.training.samples import TOY_HOOKS
 from training.architectures import StepStats
@@ -49,6 +49,13 @@ def starts(folder: Path) -> list[int]:
 
 def one() -> list[SaeRun]:
     return saes(EPOCHS)[1:2]
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[TwoNodes]:
+    """A cluster of its own: Ray is slow to give a training room on a node that came back after others' tests."""
+    with started_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
