@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.service.audits import is_whole, stored
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 _SERVER = """
 import pathlib, socket, sys
 import uvicorn
