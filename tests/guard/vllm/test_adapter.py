@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from guard.engines.vllm.adapter import _GuardedWorker, end_tokens, own_args
+from guard.engines.vllm.adapter.params import end_tokens, own_args
+from guard.engines.vllm.adapter.worker import GuardedWorker
 from guard.engines.vllm.config import Config, Rules, Tenant
 from guard.engines.vllm.programs import Batch, Programs
 from guard.engines.vllm.watch import Watch
@@ -34,7 +35,7 @@ def worker(judging_of: MakeJudging) -> Any:
     """A worker whose model is nowhere."""
     judging = judging_of(make_policy(STEER), **VARIED)
     bank, monitor = judging.monitor.bank, judging.monitor
-    made: Any = object.__new__(_GuardedWorker)
+    made: Any = object.__new__(GuardedWorker)
     made._guard = Config(bank, {"": Tenant(monitor.policy, overrides=True)}, 2)
     rules = Rules(bank, {"": monitor})
     made._programs = Programs(bank, monitor.encoder, rules.find, rows=16, capacity=2)
