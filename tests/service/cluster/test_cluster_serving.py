@@ -197,14 +197,12 @@ def test_a_machine_that_is_lost_costs_its_own_requests_and_one_that_comes_gets_a
         nodes.kill_second()
         wait_for(lambda: pages(served) == 1)
         since = len(hammer.statuses)
-        wait_for(lambda: len(hammer.statuses) > since + 12)
-        until = len(hammer.statuses)
+        wait_for(lambda: len(hammer.statuses) > since + 12)  # the other replica answers alone
         nodes.add_second()
         wait_for(lambda: pages(served) == 2)
     assert set(hammer.statuses) <= {200, 500, 503}
-    assert len(hammer.problems) <= 6
-    assert set(hammer.statuses[since + 3 :]) == {200}
-    assert until > since
+    assert len(hammer.problems) <= 2 * hammer.clients  # what was in hand, and what was asked until the loss was seen
+    assert set(hammer.statuses[since + hammer.clients :]) == {200}
 
 
 def pages(served: Served) -> int:
