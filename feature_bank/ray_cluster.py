@@ -17,6 +17,7 @@ __all__ = ["CONNECT_SECONDS", "INSTALL", "LOCAL", "connect", "import_ray"]
 INSTALL = "pip install 'sailguard[ray]'"
 CONNECT_SECONDS = 10.0
 LOCAL = "local"
+AUTO = "auto"
 _LOUD = ("ray.data", "ray.train", "ray.serve")
 
 
@@ -42,8 +43,10 @@ def connect(address: str | None, *libraries: str) -> Iterator[None]:
     if started:
         options["include_dashboard"] = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    elif address == AUTO:
+        _check_reachable(os.environ.get("RAY_ADDRESS") or AUTO, "RAY_ADDRESS")
     else:
-        _check_reachable(str(address))
+        _check_reachable(str(address), "--cluster")
     try:
         with _quiet():
             try:
@@ -70,18 +73,18 @@ def import_ray(*libraries: str) -> Any:
     return importlib.import_module("ray")
 
 
-def _check_reachable(address: str) -> None:
-    """Refuse in seconds what Ray would try to reach for minutes."""
-    if address == "auto":
+def _check_reachable(address: str, named: str) -> None:
+    """Refuse in seconds what Ray would try to reach for minutes. named: what said the address."""
+    if address == AUTO:
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
-        raise DataError(f"--cluster {address!r}: say auto, or HOST:PORT of the head (6379 unless told otherwise)")
+        raise DataError(f"{named} {address!r}: say auto, or HOST:PORT of the head (6379 unless told otherwise)")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as e:
         raise DataError(
-            f"--cluster {address}: nothing answers there ({e}); see that `ray start --head` runs and the port is open"
+            f"{named} {address}: nothing answers there ({e}); see that `ray start --head` runs and the port is open"
         ) from e
 
 

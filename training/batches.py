@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,10 @@ class Reader(Protocol):
     @property
     def order(self) -> Mapping[str, Any]:
         """What decides which rows a batch holds, as JSON: the seed and the way of shuffling."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """What it reads while batches are made; a copy of it elsewhere has to see the same."""
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """The batches from `start_step` on, pass after pass; batch s is the same whatever the start."""
@@ -89,6 +94,7 @@ class TensorReader:
         self.tokens = len(next(iter(self._activations.values())))
         self.batch_tokens = batch_tokens
         self.order = {"shuffle": "all rows", "seed": seed}
+        self.files: Sequence[Path] = ()
         self.steps_per_epoch = self.tokens // batch_tokens
 
     def batches(self, start_step: int) -> Iterator[Batch]:

@@ -30,7 +30,7 @@ from training.contrast import MAX_TOKENS, ContrastTexts
 from training.corpus import tokenise
 from training.discovery import auroc
 from training.selected import FeatureKey
-from training.spreading import Spread, Work, here, work_off
+from training.spreading import FLOATS, Spread, Work, here, work_off
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
@@ -221,7 +221,7 @@ class Ablated:
 class Ablating(Work[Ablated, list[list[float]]]):
     """The model, and what the judge says of every text as it is."""
 
-    results = TypeAdapter(list[list[float]])
+    results = TypeAdapter(list[list[float]], config=FLOATS)
     reader: TextModel
     judge: Judge
     means: Mapping[int, FloatArray]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,6 +122,11 @@ class ActivationReader:
     def d_in(self) -> Mapping[str, int]:
         """The width of every hook point."""
         return dict(self._width)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The shards of the cache."""
+        return self._harvest.shards
 
     @property
     def order(self) -> Mapping[str, Any]:

@@ -16,20 +16,22 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from scipy import sparse
 
 from feature_bank.atomic import atomic_file
 
 P = TypeVar("P")
 R = TypeVar("R")
+FLOATS = ConfigDict(ser_json_inf_nan="constants")
+"""With which an adapter writes NaN and infinity as such, and not as null."""
 
 
 class Work(ABC, Generic[P, R]):
     """What is done to each part, with what all parts share. It can be pickled, and a copy gives the same results."""
 
     results: ClassVar[TypeAdapter[Any]]
-    """A result as JSON and back, without loss."""
+    """A result as JSON and back, without loss; floats want the configuration `FLOATS`."""
     device: str = "cpu"
     """The type of device that it computes on."""
     threads: int = 1

@@ -27,8 +27,8 @@ def serve_on_cluster(
     """Serve on a Ray cluster until SIGTERM or SIGINT; what is under way then is answered.
 
     cluster: as `feature_bank.ray_cluster.connect` takes it. say: told what is waited for, and the address. Belongs on
-    the main thread. Serve itself is started, and ended, if the cluster has none; one that is there is joined, and keeps
-    the address that it has.
+    the main thread. Serve itself is started if the cluster has none, and ended unless others use it by then; one
+    that is there is joined, and keeps the address that it has.
 
     Raises DataError if Ray is not installed or the cluster not reached, SettingsError for settings that cannot be used,
     an address that is taken, or replicas that do not come up, with their reason.
@@ -46,8 +46,8 @@ def serve_on_cluster(
             type(settings)(**{**plain_values(settings), "host": host, "port": port})  # no keys, no other machines
             if APPLICATION in serve.status().applications:
                 raise SettingsError(
-                    f"the cluster serves an application {APPLICATION!r} already: end that command, or update it with "
-                    "`serve deploy` (docs/scale.md)"
+                    f"the cluster serves an application {APPLICATION!r} already: end the command that serves it, or if "
+                    "that was killed run `serve shutdown`; one of `serve deploy` is updated by it (docs/scale.md)"
                 )
             try:
                 _say_room(say, replicas, settings.threads or 1)
@@ -59,7 +59,7 @@ def serve_on_cluster(
             finally:
                 serve.delete(APPLICATION)
         finally:
-            if ours:
+            if ours and _is_idle(serve):
                 serve.shutdown()
 
 
@@ -91,6 +91,14 @@ def _run(serve: Any, application: Any) -> None:
         found = serve.status().applications.get(APPLICATION)
         said = found.deployments[DEPLOYMENT].message if found is not None and DEPLOYMENT in found.deployments else ""
         raise SettingsError(f"the replicas do not come up: {_last_words(said or str(error))}") from error
+
+
+def _is_idle(serve: Any) -> bool:
+    """Whether Serve has no application, or none that can be asked for: others may have deployed theirs meanwhile."""
+    try:
+        return not serve.status().applications.keys() - {APPLICATION}
+    except Exception:  # noqa: BLE001 - Serve is gone or broken, and was started here
+        return True
 
 
 def _last_words(text: str) -> str:

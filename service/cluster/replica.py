@@ -16,11 +16,12 @@ from service.errors import SettingsError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from guard.metrics import Metrics
     from service.settings import Settings
 
-__all__ = ["Replica", "own_settings"]
+__all__ = ["OneSender", "Replica", "own_settings"]
 
 _PAGE_SECONDS = 5.0
 
@@ -60,6 +61,7 @@ class Replica:
             bank=sidecar_bank(settings),
             peers=lambda metrics, logger: _Replicas(self._name, self._handle, self._turns, metrics, logger),
         )
+        self._app.add_middleware(OneSender)
         return self._app
 
     async def check_health(self) -> None:
@@ -89,6 +91,20 @@ def own_settings(values: Mapping[str, Any], address: tuple[str, int]) -> tuple[S
         if path is not None
     }
     return settings.model_copy(update={name: file.path for name, file in files.items()}), list(files.values())
+
+
+class OneSender:
+    """Middleware: leaves the sender's address out. Serve's proxy believes any client on its machine that names one.
+
+    Who has a key is told apart by it; without keys the proxy is reached from its own machine alone.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        await self._app({**scope, "client": None} if scope["type"] == "http" else scope, receive, send)
 
 
 class _Replicas:

@@ -16,7 +16,7 @@ from scipy import sparse
 from feature_bank.errors import DataError
 from feature_bank.schema import Predicate, PredicateTerm
 from training.columns import TOGETHER, Columns, Parted
-from training.spreading import Work, fingerprint, work_off
+from training.spreading import FLOATS, Work, fingerprint, work_off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,3 +117,24 @@ def test_a_fingerprint_tells_values_apart_and_not_where_they_lie() -> None:
     assert fingerprint("a", "b") != fingerprint("ab")
     with pytest.raises(TypeError, match="set"):
         fingerprint({1, 2})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dividing(Work[int, list[list[float]]]):
+    """Gives what is no number."""
+
+    results = TypeAdapter(list[list[float]], config=FLOATS)
+
+    def do(self, part: int) -> list[list[float]]:
+        return [[float("nan"), float("inf"), -part / 3]]
+
+
+def test_what_is_not_finite_is_kept_as_it_is(tmp_path: Path) -> None:
+    first = work_off(Dividing(), 1, int, kept=tmp_path)
+    again = work_off(Dividing(), 1, int, kept=tmp_path, spread=nobody)
+    assert repr(again) == repr(first)
+
+
+def nobody(work: Work[Any, Any], parts: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    assert list(parts) == []
+    yield from ()

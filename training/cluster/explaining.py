@@ -30,7 +30,7 @@ from training.explain.spending import EndpointError
 from training.simulation.llm import SegmentText
 from training.simulation.llm_run import LlmRun, Report, answered_rows, summarise
 from training.simulation.prompts import Level
-from training.spreading import Work, work_off
+from training.spreading import FLOATS, Work, work_off
 
 LISTEN_SECONDS = 0.5
 
@@ -99,7 +99,7 @@ class Asked:
 class Asking(Work[Asked, list[dict[str, Any]]]):
     """What is asked about every feature, and where."""
 
-    results = TypeAdapter(list[dict[str, Any]])
+    results = TypeAdapter(list[dict[str, Any]], config=FLOATS)
     endpoint: DeskEndpoint
     levels: tuple[Level, ...]
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from feature_bank.errors import DataError, SailguardError
+from feature_bank.errors import SailguardError
 from feature_bank.ray_cluster import import_ray
 from training.cache import MANIFEST, shard_path
 from training.cluster.pool import work_off_tables
-from training.cluster.room import Room, own_version, room
+from training.cluster.room import Room, check_version, own_version, room
 from training.cluster.shared import await_file, check_shared
 from training.corpus import TokenSequence
 from training.harvest import Harvest, Missing, ShardMaker, harvest
@@ -51,8 +51,7 @@ class ShardActor:
         return pyarrow.table({"number": [number], "error": [""]})
 
     def _make(self, number: int, members: list[TokenSequence]) -> None:
-        if (found := own_version()) != self._version:
-            raise DataError(f"a machine of the cluster has sailguard {found}, this one {self._version}; install one")
+        check_version(self._version)
         check_shared(self._maker.folder / MANIFEST)
         if self._maker.has(number, sum(len(s.positions) for s in members)):
             return  # a machine was lost after it had written the shard

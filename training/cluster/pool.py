@@ -10,6 +10,7 @@ from feature_bank.ray_cluster import import_ray
 from training.cluster.room import Room
 
 TASKS_AHEAD = 2  # rows that an actor has at hand: one in work, one waiting
+STILL_SECONDS = 6 * 3600.0  # without a finished row: longer than one takes, or than a busy cluster has no room for us
 
 
 def work_off_tables(
@@ -27,6 +28,7 @@ def work_off_tables(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = STILL_SECONDS
     dataset = ray.data.from_arrow(tables).map_batches(
         actor,
         fn_constructor_args=tuple(arguments),
@@ -46,6 +48,11 @@ def work_off_tables(
                 if row["error"]:
                     raise DataError(row["error"])
                 yield row
+    except ray.data.exceptions.ExecutionTimeoutError as e:
+        raise DataError(
+            f"the cluster has finished nothing for {STILL_SECONDS / 3600:g} hours: it has no room, or workers end at what "
+            f"they are given, perhaps for lack of memory; {kept}: run the same command again"
+        ) from e
     except ray.exceptions.RayError as e:
         reason = " ".join(str(e).split())[-400:]
         raise DataError(f"the cluster could not go on ({reason}); {kept}: run the same command again") from e

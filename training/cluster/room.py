@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from feature_bank.errors import DataError
 from feature_bank.ray_cluster import import_ray
 
-__all__ = ["Room", "own_version", "room"]
+__all__ = ["Room", "check_version", "own_version", "room"]
 
 
 class Room(NamedTuple):
@@ -49,3 +50,9 @@ def own_version() -> str:
         return version("sailguard")
     except PackageNotFoundError:  # run from its sources
         return "0"
+
+
+def check_version(expected: str) -> None:
+    """Raise DataError if this process has another version of sailguard than the one that gave it work."""
+    if (found := own_version()) != expected:
+        raise DataError(f"machine {os.uname().nodename} has sailguard {found}, not {expected}; install one version")

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from feature_bank.errors import DataError, SailguardError
+from feature_bank.errors import SailguardError
 from feature_bank.ray_cluster import import_ray
 from training.cluster.pool import work_off_tables
-from training.cluster.room import Room, own_version, room
+from training.cluster.room import Room, check_version, own_version, room
 from training.spreading import Work
 
 P = TypeVar("P")
@@ -41,8 +41,7 @@ class PartActor:
         number = item["number"][0].as_py()
         result, error = b"", ""
         try:
-            if (found := own_version()) != self._version:
-                raise DataError(f"a machine of the cluster has sailguard {found}, not {self._version}; install one")
+            check_version(self._version)
             part = ray.get(self._parts[number])
             result = self._work.results.dump_json(self._work.do_alike(part))
         except SailguardError as e:

@@ -25,7 +25,7 @@ from feature_bank.errors import DataError, SailguardError
 from feature_bank.ray_cluster import import_ray
 from training.architectures import StepStats
 from training.batches import Reader
-from training.cluster.room import own_version, room
+from training.cluster.room import check_version, own_version, room
 from training.cluster.shared import VISIBLE_SECONDS, await_file, check_shared
 from training.devices import choose_device
 from training.interruption import LOCK_FILE, sole_user
@@ -60,7 +60,8 @@ def train_saes_on_cluster(
     on_step: is told of the latest step of a run from time to time, not of every one. max_failures: how often lost
     workers are replaced. rows_each: rows of a batch that a run has for each of its workers, if it has several.
 
-    Ctrl-C stops the workers at once; what they made since their last checkpoints is made again by the next call.
+    Ctrl-C stops the workers with the end of `feature_bank.ray_cluster.connect`; what they made since their last
+    checkpoints is made again by the next call.
 
     Raises DataError for what `train_saes` raises it for, once the runs that can be trained are finished, for a folder
     that is not shared, and for a cluster that lost more workers than `max_failures`.
@@ -248,9 +249,10 @@ def train_share(config: dict[str, Any]) -> None:
             said = time.monotonic()
 
     def check() -> None:
-        if (version := own_version()) != config["version"]:
-            raise DataError(f"a machine of the cluster has sailguard {version}, not {config['version']}; install one")
+        check_version(config["version"])
         check_shared(folder / LOCK_FILE)
+        for path in ray.get(config["reader"][0]).files:
+            check_shared(path)
 
     try:
         replicas.each(check)

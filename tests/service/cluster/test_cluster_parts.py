@@ -20,7 +20,7 @@ from service.cli import build_app
 from service.cluster import build
 from service.cluster.files import NumberedFile
 from service.cluster.pages import merged
-from service.cluster.replica import own_settings
+from service.cluster.replica import OneSender, own_settings
 from service.cluster.turns import Turns, turn_of
 from service.errors import SettingsError
 from service.settings import Settings
@@ -110,6 +110,20 @@ def test_each_process_has_a_number_of_its_own_and_the_next_one_goes_on_with_it(t
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="setting 'spool'"):
         NumberedFile("spool", tmp_path / "file" / "spool.sqlite")
+
+
+def test_an_address_that_a_client_gives_itself_is_left_out() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope)
+
+    for kind in ("http", "lifespan"):
+        asyncio.run(OneSender(app)({"type": kind, "client": ("203.0.113.9", 1), "path": "/"}, None, None))  # type: ignore[arg-type]
+    assert seen == [
+        {"type": "http", "client": None, "path": "/"},
+        {"type": "lifespan", "client": ("203.0.113.9", 1), "path": "/"},
+    ]
 
 
 def test_a_replica_without_keys_refuses_a_serve_that_other_machines_reach(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ class SlowReader(ActivationReader):
             yield batch
 
 
+class UnseenReader(SlowReader):
+    """A reader whose cache lies where no worker looks."""
+
+    files = (Path("not-shared/shard-00000.safetensors"),)
+
+
 def toy(folder: Path, **options: Any) -> Harvest:
     """A harvest in a dozen shards or more, one batch each."""
     return toy_harvest(folder, sequences=toy_sequences(SEQUENCES), shard_tokens=40, **options)
@@ -80,10 +87,13 @@ class Slowly(Work[int, list[int]]):
     results = TypeAdapter(list[int])
     folder: Path
     bad: int | None = None
+    deadly: int | None = None
 
     def do(self, part: int) -> list[int]:
         if part == self.bad:
             raise DataError(f"part {part} cannot be done")
+        if part == self.deadly:
+            os._exit(1)
         time.sleep(PAUSE)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"done-{part}-", delete=False):
             return [part, part * part]

@@ -63,7 +63,7 @@ def test_without_ray_the_error_names_the_extra(run: Any, monkeypatch: pytest.Mon
 
 
 @needs_ray
-def test_where_nothing_answers_the_error_says_so_in_seconds(run: Any) -> None:
+def test_where_nothing_answers_the_error_says_so_in_seconds(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -72,7 +72,10 @@ def test_where_nothing_answers_the_error_says_so_in_seconds(run: Any) -> None:
     assert result.exit_code == 2
     assert "nothing answers there" in " ".join(result.stderr.split())
     for address in ("here", "ray://head:10001", "head:"):
-        with pytest.raises(DataError, match="say auto, or HOST:PORT"), connect(address):
+        with pytest.raises(DataError, match=r"--cluster '.*say auto, or HOST:PORT"), connect(address):
+            pass
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(DataError, match=r"RAY_ADDRESS '.*say auto, or HOST:PORT"), connect("auto"):
             pass
 
 

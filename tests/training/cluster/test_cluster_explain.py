@@ -169,6 +169,14 @@ def test_what_no_other_worker_would_avoid_is_said_at_once(cluster: TwoNodes, tmp
     assert len(Slowly(folder=tmp_path).done()) < 30
 
 
+def test_what_ends_every_worker_is_not_tried_for_ever(
+    cluster: TwoNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.cluster.pool.STILL_SECONDS", 12.0)
+    with pytest.raises(DataError, match=r"has finished nothing for .* memory; what is finished is kept"):
+        work_off(Slowly(folder=tmp_path, deadly=1), 3, int, spread=spread_on_cluster)
+
+
 def features(n: int) -> list[Material]:
     found = []
     for number in range(n):

@@ -11,7 +11,7 @@ import pytest
 from feature_bank.errors import DataError
 from feature_bank.formats.saelens import WEIGHTS_FILE
 from tests.training.cluster.conftest import TwoNodes
-from tests.training.cluster.samples import RAY, reader, saes, toy
+from tests.training.cluster.samples import BATCH, RAY, UnseenReader, reader, saes, toy
 from tests.training.samples import TOY_HOOKS
 from training.architectures import StepStats
 from training.cache import Harvest
@@ -67,6 +67,14 @@ def test_a_run_that_cannot_be_trained_is_named_and_the_others_are_those_of_a_tra
     assert not (tmp_path / STATE_FOLDER).exists()
     found = train_saes_on_cluster(reader(cache), [good], tmp_path)  # what is finished is not trained again
     assert outcome(found) == [expected for expected in alone if expected[0] == good.name]
+
+
+def test_a_cache_that_a_machine_does_not_see_is_named_and_not_called_damaged(
+    cluster: TwoNodes, cache: Harvest, tmp_path: Path
+) -> None:
+    unseen = UnseenReader(cache, TOY_HOOKS, batch_tokens=BATCH, seed=1)
+    with pytest.raises(DataError, match=r"shard-00000.safetensors is not seen on machine .* storage that every"):
+        train_saes_on_cluster(unseen, saes()[:1], tmp_path, model_name="toy")
 
 
 def test_a_node_that_is_killed_costs_no_more_than_the_steps_since_the_checkpoints(
