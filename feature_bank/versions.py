@@ -113,10 +113,13 @@ class VersionStore:
         found = sorted(self._names(), key=lambda name: (names.index(name) if name in since else len(names), name))
         return [self._stored(name, name == current, since.get(name)) for name in found]
 
-    def promote(self, source: str | Path) -> Switch:
+    def promote(self, source: str | Path, *, replaces: str | None = None) -> Switch:
         """Copy the bank at `source` into the store, verified, with the reviews of both, and make it the current one.
 
-        Raises BankError for a bank or reviews that do not verify; the store is as it was then.
+        replaces: the version that it was compared with; another one is not replaced.
+
+        Raises BankError for a bank or reviews that do not verify, or another current version; the store is as it was
+        then.
         """
         place = Path(os.path.realpath(bank_folder(source)))
         bank = Bank.load(place)
@@ -127,6 +130,10 @@ class VersionStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(), self._reviews_of_current() as held:
             previous = self.current
+            if replaces is not None and previous not in (None, replaces):
+                raise BankError(
+                    f"{previous} is the current version, and {name} was compared with {replaces}", file=str(self.folder)
+                )
             self._record_found()
             if (self.folder / VERSIONS / name).exists():
                 carried = self._merge(name, bank.content_hash, reviews, held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -140,15 +140,17 @@ def prepare(
     work: Path,
     report: Reporter,
     stages: Stages = HERE,
+    without: Collection[str] = (),
 ) -> Prepared:
     """Read, harvest and train the SAEs, or find it all in `work`, the folder of an earlier run of the same.
 
-    stages: who harvests and trains, by default this process.
+    stages: who harvests and trains, by default this process. without: texts of the files that are left out.
 
     Raises DataError for bad rows, too little text, no labelled text, or a work folder of another run.
     """
     files = [*data, *(own_corpora() if preset.own_corpora else [])]
     documents, records = read_documents(files)
+    documents = [d for d in documents if d.text not in without]
     if not any(d.known for d in documents):
         raise DataError("no row of the files has labels ('domains', 'known'); heads cannot be fitted without")
     documents, sequences = _budget(documents, tokenizer, preset)
@@ -206,11 +208,12 @@ def train_bank(
     work: Path,
     report: Reporter,
     stages: Stages = HERE,
+    without: Collection[str] = (),
 ) -> Bank:
     """Train a bank from files of text rows and write it to `out`.
 
     Stages keep their results under `work`: run again after an interruption, finished ones are not repeated.
-    stages: see `prepare`.
+    stages, without: see `prepare`.
 
     Raises DataError for bad rows, too little text, no labelled text, or a work folder of another run.
     """
@@ -223,6 +226,7 @@ def train_bank(
         work=work,
         report=report,
         stages=stages,
+        without=without,
     )
     return build_bank(
         model=model,
@@ -281,7 +285,9 @@ def _claim(work: Path, preset: Preset, documents: Sequence[Document], identity: 
     path = work / "run.json"
     if path.exists():
         if path.read_text(encoding="utf-8") != mine:
-            raise DataError(f"{work} holds another run (other preset, text or model); remove it or name another --work")
+            raise DataError(
+                f"{work} holds another run (other preset, text or model); remove it, or name another folder"
+            )
         return
     with atomic_file(path) as tmp:
         tmp.write_text(mine, encoding="utf-8")

@@ -9,7 +9,7 @@ be promoted stands in `refresh.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as version_of
@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from feature_bank.atomic import atomic_file
-from feature_bank.bank import Bank, bank_folder, save_bank
-from feature_bank.errors import BankError, DataError
+from feature_bank.bank import CURRENT, Bank, bank_folder, save_bank
+from feature_bank.errors import DataError
 from feature_bank.identity import check_identity
 from feature_bank.review import carry_reviews, rejected_ids
 from feature_bank.schema import CorpusRecord, Heads
 from feature_bank.spool import MAX_TOKENS
 from feature_bank.versions import VersionStore
-from training.corpus import Document, read_documents
+from training.corpus import OWN_SOURCE, Document, read_documents
 from training.packing import Report
 from training.pipeline import own_corpora
 from training.refit import next_version
 from training.refresh_checks import Version, check_fixed, check_items, problems_of
 from training.refresh_fit import RATE, Refitted, Replay, refit_head
-from training.refresh_marks import Items, read_items
+from training.refresh_marks import Items, read_items, take_items
 from training.refresh_texts import Texts, encode_texts, rows_digest
 
 __all__ = ["BANK", "REFRESH", "Refreshed", "Retrain", "refresh_bank"]
@@ -44,8 +44,9 @@ TEST = "the test split"
 DEV = "--dev"
 MARGIN = 0.02
 
-Retrain = Callable[[Bank, Path, Path, Report], Bank]
-"""retrain(bank, spool, work, report): a bank of new features, for the same domains, made in the folder `work`."""
+Retrain = Callable[[Bank, Path, Path, Report, Collection[str]], Bank]
+"""retrain(bank, spool, work, report, apart): a bank of new features, for the same domains, made in the folder `work`
+without the texts in `apart`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def refresh_bank(
     rate: str = RATE,
     own: Sequence[Path] | None = None,
     retrain: Retrain | None = None,
+    beyond_own: bool = False,
 ) -> Refreshed:
     """Write the next version of the bank at `source` to `out/bank`, and `out/refresh.json` beside it.
 
@@ -85,24 +87,37 @@ def refresh_bank(
     data: files of text that holds the heads beside the project's own, as `train` reads them; dev: files that are only
     measured on. margin: what a domain's AUROC or true-positive rate may fall by, or a false-positive rate rise. rate:
     of the thresholds that marked texts have to be on the right side of. own: files in place of the project's own.
-    retrain: trains new features, over which the heads are then fitted.
+    retrain: trains new features, over which the heads are then fitted. beyond_own: insist on labelled text to compare
+    the versions on that is not the project's own.
 
-    Encoded text is kept under `out/work`: run again, only what is missing is read by the model. Raises DataError if
-    nothing of the spool can be used or a file is malformed, BankError for a damaged bank, ModelError for another model.
+    Encoded text is kept under `out/work`, for this user alone: run again, only what is missing is read by the model.
+    Raises DataError if nothing of the spool can be used, a file is malformed, or there is nothing to compare on;
+    BankError for a damaged bank or store, ModelError for another model.
     """
     folder = bank_folder(source).resolve()
     bank = Bank.load(folder)
     check_identity(model, tokenizer, bank.manifest.model)
-    work = out / WORK
+    _check_rate(bank, rate)
+    taken = take_items(spool)
     own = own_corpora() if own is None else own
     documents, corpora = read_documents([*own, *data])
     measured, measured_records = read_documents(list(dev)) if dev else ([], [])
-    documents = _apart(documents, measured)
-    start = bank if retrain is None else retrain(bank, spool, work / RETRAINED, report)
+    if measured and not any(d.known for d in measured):
+        raise DataError("--dev: no row has labels ('domains', 'known'), so that nothing can be measured on it")
+    apart = {d.text for d in measured}
+    documents = [d for d in documents if d.text not in apart]
+    compared = [*measured, *(d for d in documents if d.split == "test" and d.source != OWN_SOURCE)]
+    if beyond_own and not any(d.known for d in compared):
+        raise DataError(
+            "--promote wants the versions compared on more than the project's own texts: give labelled rows "
+            "('domains', 'known') with --dev, or some hundreds with --data, of which a part is never fitted on"
+        )
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    work.chmod(0o700)  # users' texts lie in it, as what the model made of them
+    start = bank if retrain is None else retrain(bank, spool, work / RETRAINED / bank.content_hash[:12], report, apart)
     new_rows = start is not bank
-    for version in (bank, start):
-        if any(rate not in h.thresholds or rate not in h.streaming_thresholds for h in version.heads.values()):
-            raise DataError(f"the bank {version.version} has no threshold for the rate {rate} in every domain")
+    _check_rate(start, rate)
     rejected = frozenset[str]() if new_rows else rejected_ids(folder)
 
     def encode(of: Bank, texts: Sequence[Document], **options: Any) -> Texts:
@@ -119,10 +134,10 @@ def refresh_bank(
             "read": lambda texts: encode(of, texts, max_tokens=MAX_TOKENS),
             "texts_only": new_rows,
         }
-        return read_items(spool, marked=True, **reading), read_items(spool, marked=False, **reading)
+        return read_items(taken.marked, spool, **reading), read_items(taken.unmarked, spool, **reading)
 
     items, unmarked = marked_and_not(start)
-    if not len(items) and not rejected:
+    if not len(items) and not rejected and not new_rows:
         why = "; ".join(f"{count} {reason}" for reason, count in items.skipped.items()) or "none is marked"
         raise DataError(f"{spool}: no marked item can be used with {bank.version}: {why}. Mark items, and run it again")
     report("marks", 1, 1, f"{len(items)} marked items, {len(unmarked)} others, {len(rejected)} rejected features")
@@ -144,8 +159,8 @@ def refresh_bank(
     was_seen = {name: encode(bank, texts) for name, texts in sets.items()} if new_rows else seen
     fixed = {name: check_fixed(sets[name], (before, was_seen[name]), (after, seen[name])) for name in sets}
     were = marked_and_not(bank) if new_rows else (items, unmarked)
-    fresh = check_items((before, *were), (after, items, unmarked), rate=rate)
-    changed = [domain for domain, found in refitted.items() if found.changed]
+    fresh = check_items((before, *were), (after, items, unmarked), rate=rate, judge=bank.content_hash)
+    changed = [domain for domain, found in refitted.items() if found.changed or new_rows]
     candidate = _write(bank, start, folder, out / BANK, heads, corpora, _quality(start, fixed[TEST], changed))
     report("pack", 1, 1, str(out / BANK))
     problems = [
@@ -154,7 +169,12 @@ def refresh_bank(
             for domain in bank.heads
             if domain not in heads
         ),
-        *problems_of(fixed, fresh, margin=margin),
+        *(
+            f"{domain}: no text that was not fitted on has a label for it, so that nothing tells whether it fell"
+            for domain in changed
+            if not any(domain in figures for figures in fixed.values())
+        ),
+        *problems_of(fixed, fresh, margin=margin, rate=rate),
     ]
     found = {
         "before": bank.version,
@@ -221,21 +241,22 @@ def _quality(bank: Bank, measured: Mapping[str, Any], changed: Sequence[str]) ->
     return kept | {f"refresh_auroc_{d}": round(pair["after"]["value"], 4) for d, pair in found.items() if pair}
 
 
+def _check_rate(bank: Bank, rate: str) -> None:
+    rates = set[str].intersection(*({*h.thresholds} & {*h.streaming_thresholds} for h in bank.heads.values()))
+    if rate not in rates:
+        raise DataError(
+            f"the bank {bank.version} has no threshold for the rate {rate!r} in every domain; there are "
+            f"{', '.join(sorted(rates)) or 'none'}"
+        )
+
+
 def _known_hashes(bank: Bank, source: Path, store: Path | None) -> frozenset[str]:
     """Content hashes of the versions whose activations mean the same: the bank, and those in the stores that are
     named."""
     found = {bank.content_hash}
     mine = rows_digest(bank)
+    source = source.parent if source.name == CURRENT else source
     for folder in {path for path in (source, store) if path is not None}:
-        try:
-            versions = VersionStore(folder).versions() if (folder / "versions").is_dir() else []
-        except BankError:
-            versions = []
+        versions = VersionStore(folder).versions() if (folder / "versions").is_dir() else []
         found |= {v.bank.content_hash for v in versions if v.bank is not None and rows_digest(v.bank) == mine}
     return frozenset(found)
-
-
-def _apart(documents: Sequence[Document], measured: Sequence[Document]) -> list[Document]:
-    """The replayed documents without those that are only to be measured on."""
-    texts = {d.text for d in measured}
-    return [d for d in documents if d.text not in texts]

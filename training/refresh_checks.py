@@ -116,12 +116,14 @@ def share(reached: BoolArray) -> dict[str, Any]:
 
 
 def check_items(
-    before: tuple[Version, Items, Items], after: tuple[Version, Items, Items], *, rate: str
+    before: tuple[Version, Items, Items], after: tuple[Version, Items, Items], *, rate: str, judge: str
 ) -> dict[str, Any]:
     """By domain, at the thresholds of `rate`, each item in the form that judged it: how many marked items either
     version has right, fitted on and held out, and on what share of unmarked ones the versions decide differently.
 
-    before, after: a version, and the same marked and unmarked items as its features see them.
+    before, after: a version, and the same marked and unmarked items as its features see them. judge: the content hash
+    of the bank before. How many of the marked items that it judged were decided otherwise then tells whether rules
+    stand at `rate`.
     """
     found: dict[str, Any] = {}
     items = before[1]
@@ -142,7 +144,12 @@ def check_items(
                     "wrong_items": [items.ids[place] for place in chosen[~right[1]].tolist()][:100],
                 }
         live = [_decided(version.forms(domain), unmarked, rate) for version, _, unmarked in (before, after)]
-        found[domain] = {"marks": marks, "changed_decisions": share(live[0] != live[1])}
+        served = [place for place in items.of(domain).tolist() if items.judged[place] == judge]
+        found[domain] = {
+            "marks": marks,
+            "served_otherwise": sum(bool(decided[0][place]) != (domain in items.flagged[place]) for place in served),
+            "changed_decisions": share(live[0] != live[1]),
+        }
     return found
 
 
@@ -157,7 +164,9 @@ def _decided(forms: tuple[Form, Form], items: Items, rate: str) -> BoolArray:
     return reached
 
 
-def problems_of(fixed: Mapping[str, Mapping[str, Any]], fresh: Mapping[str, Any], *, margin: float) -> list[str]:
+def problems_of(
+    fixed: Mapping[str, Mapping[str, Any]], fresh: Mapping[str, Any], *, margin: float, rate: str
+) -> list[str]:
     """What speaks against the next version, a sentence each: on a fixed set a fall of AUROC or of a true-positive rate,
     or a rise of a false-positive rate, by more than the margin; and marked texts that were fitted on and are not
     mended."""
@@ -182,5 +191,5 @@ def problems_of(fixed: Mapping[str, Mapping[str, Any]], fresh: Mapping[str, Any]
             wrong = side["marked"] - side["right_after"]
             if wrong:
                 what = "false positives still reach" if name == "false_positives" else "positives do not reach"
-                found.append(f"{domain}: {wrong} of {side['marked']} marked {what} the threshold")
+                found.append(f"{domain}: {wrong} of {side['marked']} marked {what} the threshold for {rate}")
     return found

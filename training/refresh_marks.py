@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,30 @@ from training.corpus import Document
 from training.refresh_texts import Ints, Texts, join_texts
 from training.refresh_traffic import document_of, held_out
 
-__all__ = ["Items", "read_items"]
+__all__ = ["Items", "Taken", "read_items", "take_items"]
 
+NO_TEXT = "without text, which new features have to read"
+FOREIGN = (
+    "judged with a bank that is not known here to have the same features (name its folder of versions with --store), "
+    "and without text"
+)
 UNMARKED = 2000  # the newest items that nobody marked: enough to tell a changed decision in a thousand
 Reader = Callable[[Sequence[Document]], Texts]
 """What the bank's features give on documents, in their order."""
+
+
+Marked = tuple[SpoolItem, Mapping[str, bool]]
+"""An item, and what people said of it, by domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a spool held at one time: a live one goes on growing, and two banks are to be asked about the same items."""
+
+    path: Path
+    marked: tuple[Marked, ...]
+    unmarked: tuple[Marked, ...]
+    """The newest, oldest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +56,8 @@ class Items:
     """What people said of each, by domain; of one that nobody marked nothing."""
     flagged: tuple[frozenset[str], ...]
     """The domains in which each was flagged when it was served."""
+    judged: tuple[str, ...]
+    """The content hash of the bank that judged each."""
     skipped: Mapping[str, int]
     """Items that could not be used, by the reason."""
 
@@ -64,48 +85,57 @@ class Items:
         return np.fromiter(said, dtype=np.bool_, count=len(places))
 
 
+def take_items(path: Path, *, most: int = UNMARKED) -> Taken:
+    """The marked items of a spool, and the newest unmarked ones. Raises DataError for a file that is no spool."""
+    with Spool.open_for_reading(path) as spool:
+        marked = tuple(spool.marked())
+        newest = reversed(spool.newest(Selection(marked=False), limit=most))
+        found = (spool.item(item.id) for item in newest if item.id is not None)
+        unmarked: tuple[Marked, ...] = tuple((item, {}) for item in found if item is not None)  # some may be gone
+    return Taken(path=path, marked=marked, unmarked=unmarked)
+
+
 def read_items(
+    items: Sequence[Marked],
     path: Path,
     *,
     features: int,
     hashes: Collection[str],
     domains: Collection[str],
-    marked: bool,
     read: Reader,
     texts_only: bool = False,
-    most: int = UNMARKED,
 ) -> Items:
-    """The marked items of a spool, or the newest unmarked ones.
+    """What was taken of the spool at `path`, as a bank's features saw it.
 
     features: how many the bank has. hashes: content hashes of the banks whose features are the same as the bank's.
     Items of others are read anew from their texts, by `read`, or counted as skipped if these were not kept.
     domains: those that the bank has a head for. texts_only: read all from their texts, and skip those without.
 
-    Raises DataError for a file that is no spool, or a damaged item.
+    Raises DataError for a damaged item.
     """
     skipped: Counter[str] = Counter()
     parts: list[Texts | None] = []
     documents: list[Document] = []
-    ids, streamed, held, labels, flagged = [], [], [], [], []
-    with Spool.open_for_reading(path) as spool:
-        for item, said in _items(spool, marked, most):
-            known = {domain: label for domain, label in said.items() if domain in domains}
-            foreign = texts_only or item.content_hash not in hashes
-            if foreign and not item.text:
-                skipped["judged with a bank of other features, and without text"] += 1
-            elif marked and not known:
-                skipped["marked in a domain that the bank has no head for"] += 1
-            elif not item.tokens:
-                skipped["without a judged token"] += 1
-            else:
-                parts.append(None if foreign else _texts(item, features, path))
-                if foreign:
-                    documents.append(document_of(item, known))
-                ids.append(int(item.id or 0))
-                streamed.append(item.streamed)
-                held.append(held_out(item))
-                labels.append(known)
-                flagged.append(frozenset(item.flagged))
+    ids, streamed, held, labels, flagged, judged = [], [], [], [], [], []
+    for item, said in items:
+        known = {domain: label for domain, label in said.items() if domain in domains}
+        foreign = texts_only or item.content_hash not in hashes
+        if foreign and not item.text:
+            skipped[NO_TEXT if texts_only else FOREIGN] += 1
+        elif said and not known:
+            skipped["marked in a domain that the bank has no head for"] += 1
+        elif not item.tokens:
+            skipped["without a judged token"] += 1
+        else:
+            parts.append(None if foreign else _texts(item, features, path))
+            if foreign:
+                documents.append(document_of(item, known))
+            ids.append(int(item.id or 0))
+            streamed.append(item.streamed)
+            held.append(held_out(item))
+            labels.append(known)
+            flagged.append(frozenset(item.flagged))
+            judged.append(item.content_hash)
     return Items(
         texts=join_texts(_filled(parts, documents, read), features),
         ids=tuple(ids),
@@ -113,6 +143,7 @@ def read_items(
         held_out=np.array(held, dtype=np.bool_),
         labels=tuple(labels),
         flagged=tuple(flagged),
+        judged=tuple(judged),
         skipped=dict(skipped),
     )
 
@@ -124,16 +155,6 @@ def _filled(parts: Sequence[Texts | None], documents: Sequence[Document], read: 
     found = read(documents)
     numbers = iter(range(len(documents)))
     return [found.choose(np.array([next(numbers)])) if part is None else part for part in parts]
-
-
-def _items(spool: Spool, marked: bool, most: int) -> Iterable[tuple[SpoolItem, Mapping[str, bool]]]:
-    if marked:
-        yield from spool.marked()
-        return
-    for found in reversed(spool.newest(Selection(marked=False), limit=most)):
-        item = None if found.id is None else spool.item(found.id)
-        if item is not None:  # it may have been removed meanwhile
-            yield item, {}
 
 
 def _texts(item: SpoolItem, features: int, path: Path) -> Texts:

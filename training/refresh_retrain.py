@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,29 @@ class Retraining:
     """The corpus, as `train` reads it."""
     stages: Stages = HERE
 
-    def __call__(self, bank: Bank, spool: Path, work: Path, report: Report) -> Bank:
+    def __call__(self, bank: Bank, spool: Path, work: Path, report: Report, apart: Collection[str] = ()) -> Bank:
         """A bank of the same name and model, one version further, with all that was kept on the way in `work`.
 
-        Marked texts are labelled rows, but for one in five, and unmarked ones are read by the SAEs alone. Raises
-        DataError if the spool holds no text, and what `train_bank` raises.
+        Marked texts are labelled rows, but for one in five, and unmarked ones are read by the SAEs alone. Those that an
+        earlier run took are trained on again, so that it can be gone on with although the spool has grown. apart: texts
+        that nothing is trained on.
+
+        Raises DataError if the spool holds no text, and what `train_bank` raises.
         """
         traffic = work / TRAFFIC
-        rows = write_traffic(spool, traffic, bank.heads)
+        taken = traffic.exists()
+        if taken:
+            rows = len(traffic.read_text(encoding="utf-8").splitlines())
+        else:
+            rows = write_traffic(spool, traffic, bank.heads)
         if not rows:
+            traffic.unlink()
             raise DataError(
                 f"{spool} holds no texts (the server keeps them with --spool-text alone), so SAEs would see nothing of "
                 "the traffic; refresh the heads without retraining"
             )
-        report("traffic", 1, 1, f"{rows} texts of the spool")
+        newer = f"; taken by an earlier run, remove {work} for newer ones" if taken else ""
+        report("traffic", 1, 1, f"{rows} texts of the spool{newer}")
         preset = self.preset.model_copy(
             update={"name": bank.manifest.name, "version": next_version(bank.manifest.version)}
         )
@@ -54,6 +63,7 @@ class Retraining:
             identity=bank.manifest.model,
             preset=preset,
             data=[*self.data, traffic],
+            without=apart,
             out=work / "bank",
             work=work / "stages",
             report=report,

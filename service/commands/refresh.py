@@ -47,6 +47,12 @@ def refresh(
             help="How far AUROC or true-positive rate may fall, or false-positive rate rise.",
         ),
     ] = 0.02,
+    rate: Annotated[
+        str,
+        typer.Option(
+            "--rate", metavar="RATE", help="The false-positive rate at which the policy's rules stand, as in the bank."
+        ),
+    ] = "0.01",
     promote: Annotated[bool, typer.Option("--promote", help="Make it the current version if nothing fell.")] = False,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train new SAEs on --data and on the texts that the spool was let keep.")
@@ -74,6 +80,8 @@ def refresh(
 
     if cluster and not retrain:
         raise DataError("--cluster is for --retrain: fitting heads alone is done here")
+    if store is not None:
+        _check_store(store, bank, promote=promote)
 
     from guard.models import load_model
     from training.pipeline import load_preset
@@ -99,7 +107,9 @@ def refresh(
             dev=measured,
             store=store,
             margin=margin,
+            rate=rate,
             retrain=retraining,
+            beyond_own=promote,
         )
     _write_difference(found, out / DIFF)
     console = output_console()
@@ -114,16 +124,37 @@ def refresh(
         from feature_bank.versions import VersionStore
 
         assert store is not None
-        switch = VersionStore(store).promote(found.folder)
+        switch = VersionStore(store).promote(found.folder, replaces=found.before.version)
         console.print(f"{switch.version} is the current version of {store}", markup=False, soft_wrap=True)
     else:
         line = f"nothing fell; promote it with: sailguard bank promote {found.folder} --store {store or 'DIR'}"
         console.print(line, markup=False, soft_wrap=True)
 
 
+def _check_store(store: Path, bank: Path, *, promote: bool) -> None:
+    """Refuse a folder without versions and, to promote, one in which another version than the bank is current."""
+    from feature_bank.bank import Bank, bank_folder
+    from feature_bank.versions import VersionStore
+
+    if not (store / "versions").is_dir():
+        if not promote:
+            raise DataError(f"--store {store}: there are no versions of a bank in it")
+        return
+    current, mine = VersionStore(store).current, Bank.load(bank_folder(bank)).version
+    if promote and current not in (None, mine):
+        raise DataError(
+            f"--store {store}: {current} is current there, and the candidate is compared with {mine}; refresh "
+            f"{store} itself, or leave out --promote"
+        )
+
+
 def _print_marks(found: Refreshed) -> None:
     console = output_console()
     for domain, measured in found.report["fresh"].items():
+        if otherwise := measured["served_otherwise"]:
+            line = f"{domain}: {otherwise} marked items were decided otherwise when they were served than at the rate "
+            line += f"{found.report['rate']}; if the policy's rules stand at another one, name it with --rate"
+            error_console().print(line, markup=False, soft_wrap=True)
         for name, sides in measured["marks"].items():
             for side, counts in sides.items():
                 if counts["marked"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from feature_bank.bank import Bank, bank_folder
+from feature_bank.errors import BankError
 from feature_bank.versions import VersionStore
 from guard.models import LoadedModel
 from service.cli import build_app
@@ -86,7 +88,8 @@ def test_a_candidate_that_mends_and_costs_nothing_is_promoted_when_asked(
     assert "sailguard bank promote" in result.stdout
     assert "politics, marked false positives, fit: right" in result.stdout
     assert store.current == first
-    result = run("--margin", 1, "--store", store.folder, "--promote", "--data", write_texts(tmp_path / "more.jsonl", 8))
+    more = write_texts(tmp_path / "more.jsonl", 8, source="elsewhere")
+    result = run("--margin", 1, "--store", store.folder, "--promote", "--data", more)
     assert result.exit_code == 0, result.output
     assert store.current != first
     promoted, candidate = Bank.load(bank_folder(store.folder)), Bank.load(tmp_path / "next" / "bank")
@@ -119,6 +122,7 @@ def test_a_worse_candidate_is_kept_named_and_not_promoted(
         (("--promote", "--store", "store"), "--dev"),
         (("--cluster", "auto"), "--retrain"),
         (("--dev", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--store", "store"), "no versions of a bank"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_read(
@@ -128,6 +132,44 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(
     result = run(*options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_version_that_the_candidate_was_not_compared_with_is_not_replaced(
+    run: Run, store: VersionStore, live: Texts, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    mark(tmp_path, live, 8)
+    options = ("--margin", 1, "--data", write_texts(tmp_path / "more.jsonl", 8, source="elsewhere"))
+    assert run(*options).exit_code == 0
+    make_bank(tmp_path / "other", tiny_model, tiny_tokenizer, fires={"politics": None}, seed=9)
+    served = VersionStore(tmp_path / "served")
+    served.promote(tmp_path / "other")
+    first = served.current
+    result = run(*options, "--store", served.folder, "--promote")
+    assert result.exit_code == 2
+    assert f"{first} is current there" in result.stderr
+    with pytest.raises(BankError, match=f"{re.escape(str(first))} is the current version"):
+        served.promote(tmp_path / "next" / "bank", replaces=store.current)
+    assert served.current == first
+
+
+def test_texts_that_tell_nothing_of_the_versions_promote_nothing(
+    run: Run, store: VersionStore, live: Texts, tmp_path: Path
+) -> None:
+    mark(tmp_path, live, 8)
+    (tmp_path / "plain.jsonl").write_text("".join(f'{{"text": "text {i}"}}\n' for i in range(40)))
+    first = store.current
+    for option, message in (("--dev", "no row has labels"), ("--data", "on more than the project's own texts")):
+        result = run("--margin", 1, "--store", store.folder, "--promote", option, tmp_path / "plain.jsonl")
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.stderr.split())
+    assert store.current == first
+
+
+def test_a_rate_that_the_bank_has_no_threshold_for_is_refused_with_those_that_it_has(run: Run, live: Texts) -> None:
+    result = run("--rate", "0.02")
+    assert result.exit_code == 2
+    assert "'0.02'" in result.stderr
+    assert "0.01, 0.05" in result.stderr
 
 
 def test_retraining_without_kept_texts_is_refused(run: Run, live: Texts, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ WORDS = ["amber", "birch", "cedar", "delta", "ember", "frost", "grove", "haven",
 LETTERS = list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
-def write_texts(path: Path, seed: int, *, odd: bool = False) -> Path:
+def write_texts(path: Path, seed: int, *, odd: bool = False, source: str = "sailguard") -> Path:
     """Rows of words, or of repeated letters, which look like none of them."""
     rng = np.random.default_rng(seed)
     with path.open("w") as file:
@@ -28,7 +28,7 @@ def write_texts(path: Path, seed: int, *, odd: bool = False) -> Path:
                 "role": "passage",
                 "domains": ["politics"] if number % 2 else [],
                 "known": ["politics"],
-                "source": "sailguard",
+                "source": source,
                 "licence": "CC0-1.0",
             }
             file.write(json.dumps(row) + "\n")

@@ -163,7 +163,7 @@ def test_items_of_a_bank_with_other_features_do_not_count_and_nothing_to_learn_i
 ) -> None:
     other = make_bank(tmp_path / "other", tiny_model, tiny_tokenizer, fires={"politics": None}, seed=9)
     spool = spool_of(tmp_path / "spool.db", other, encoded, [0, 1], "false_positive")
-    with pytest.raises(DataError, match="2 judged with a bank of other features"):
+    with pytest.raises(DataError, match=r"2 judged with a bank that is not known here .* --store"):
         run(spool)
 
 
@@ -181,3 +181,39 @@ def test_items_of_an_earlier_version_in_the_store_count(
     found = run(spool, store=tmp_path / "store", out=tmp_path / "again")
     assert found.report["spool"]["marked"] == 8
     assert found.bank.manifest.version == "3"
+
+
+def test_marks_are_mended_at_the_rate_at_which_rules_stand_and_another_one_is_noticed(
+    run: Callable[..., Any], source: Path, encoded: Texts, tmp_path: Path
+) -> None:
+    bank = Bank.load(source)
+    form = forms_of(bank.heads["politics"], bank.pooling, {f.id: i for i, f in enumerate(bank.features)})[0]
+    reached = form.probabilities(score(form, encoded))
+    strict, loose = form.thresholds["0.01"], form.thresholds["0.05"]
+    between = np.flatnonzero((reached >= loose) & (reached < strict))[:8].tolist()
+    assert between
+    spool = spool_of(tmp_path / "spool.db", bank, encoded, between, "false_positive")
+    assert run(spool).report["fresh"]["politics"]["served_otherwise"] == len(between)
+    found = run(spool, rate="0.05", out=tmp_path / "loose")
+    assert found.report["fresh"]["politics"]["served_otherwise"] == 0
+    marks = found.report["fresh"]["politics"]["marks"]["false_positives"]["fit"]
+    assert marks["right_after"] > marks["right_before"] == 0
+
+
+def test_a_domain_that_no_text_tells_of_is_not_said_to_be_as_good_as_before(
+    run: Callable[..., Any], source: Path, encoded: Texts, tmp_path: Path
+) -> None:
+    bank = Bank.load(source)
+    spool = spool_of(tmp_path / "spool.db", bank, encoded, ranked(bank, encoded)[:8], "false_positive")
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(60)))
+    found = run(spool, own=[plain])
+    assert any(problem.startswith("politics: no text that was not fitted on") for problem in found.problems)
+
+
+def test_what_is_made_of_users_texts_is_for_this_user_alone(
+    run: Callable[..., Any], source: Path, encoded: Texts, tmp_path: Path
+) -> None:
+    bank = Bank.load(source)
+    run(spool_of(tmp_path / "spool.db", bank, encoded, ranked(bank, encoded)[:8], "false_positive"))
+    assert (tmp_path / "out" / "work").stat().st_mode & 0o777 == 0o700

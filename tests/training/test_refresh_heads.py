@@ -84,6 +84,7 @@ def marked(strong: list[int], label: bool, *, count: int = 20, flagged: bool = T
         held_out=np.arange(count) % 5 == 0,
         labels=tuple({"politics": label} for _ in range(count)),
         flagged=tuple(frozenset({"politics"} if flagged else ()) for _ in range(count)),
+        judged=("a bank",) * count,
         skipped={},
     )
 
@@ -97,6 +98,7 @@ def nothing() -> Items:
         held_out=np.zeros(0, dtype=np.bool_),
         labels=(),
         flagged=(),
+        judged=(),
     )
 
 
@@ -197,7 +199,7 @@ def test_wrong_marks_are_found_out_on_texts_that_were_never_fitted_on(replay: Re
     versions = [Version(heads={"politics": h}, pooling=POOLING, position=POSITION) for h in (head(), record)]
     before, after = [(version, replay.texts.choose(test)) for version in versions]
     fixed = {"test": check_fixed(documents, before, after)}
-    problems = problems_of(fixed, {}, margin=0.01)
+    problems = problems_of(fixed, {}, margin=0.01, rate="0.01")
     assert problems
     assert "politics" in problems[0]
     assert "falls by" in problems[0]

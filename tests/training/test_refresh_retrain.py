@@ -14,6 +14,7 @@ from feature_bank.errors import DataError
 from feature_bank.spool import Acts, Spool
 from tests.training.marked_texts import add_marked, item_of
 from tests.training.workshop import OTHERS, POLITICS, Trained, Workshop
+from training.corpus import read_documents
 from training.pipeline import load_preset
 from training.refresh import refresh_bank
 from training.refresh_retrain import TRAFFIC, Retraining
@@ -38,7 +39,7 @@ def spool_of(path: Path, bank: Bank, *, texts: bool, marked: int = 24, unmarked:
     return path
 
 
-def refresh(workshop: Workshop, trained: Trained, spool: Path, out: Path) -> Any:
+def refresh(workshop: Workshop, trained: Trained, spool: Path, out: Path, **options: Any) -> Any:
     retrain = Retraining(
         model=workshop.model,
         tokenizer=workshop.tokenizer,
@@ -55,7 +56,7 @@ def refresh(workshop: Workshop, trained: Trained, spool: Path, out: Path) -> Any
         data=workshop.data,
         own=[],
         margin=1.0,
-        retrain=retrain,
+        **{"retrain": retrain, **options},
     )
 
 
@@ -101,6 +102,53 @@ def test_a_second_run_trains_nothing_again(
     first = refresh(workshop, trained, spool, tmp_path / "out")
     monkeypatch.setattr("training.run_state.RunState.advance", lambda *_: pytest.fail("trained again"))
     assert refresh(workshop, trained, spool, tmp_path / "out").bank.heads == first.bank.heads
+    spool_of(spool, trained.bank, texts=True, marked=1, unmarked=1)  # the server goes on
+    again = refresh(workshop, trained, spool, tmp_path / "out")
+    assert again.report["spool"]["marked"] == first.report["spool"]["marked"] + 1
+
+
+def test_what_comes_into_the_spool_meanwhile_is_for_the_next_time(
+    workshop: Workshop, trained: Trained, tmp_path: Path
+) -> None:
+    spool = spool_of(tmp_path / "spool.db", trained.bank, texts=True)
+
+    def retrain(bank: Bank, *_: Any) -> Bank:
+        spool_of(spool, bank, texts=True, marked=2, unmarked=2)
+        return Bank.load(trained.out)
+
+    found = refresh(workshop, trained, spool, tmp_path / "out", retrain=retrain)
+    assert (found.report["spool"]["marked"], found.report["spool"]["unmarked"]) == (24, 6)
+
+
+def test_nothing_is_trained_on_texts_that_are_only_measured_on(
+    workshop: Workshop, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = spool_of(tmp_path / "spool.db", trained.bank, texts=True)
+    documents, _ = read_documents(workshop.data)
+    measured = set(sorted(d.text for d in documents if d.known and d.split != "test")[:4])
+    with Spool.open_for_reading(spool) as opened:
+        measured.add(next(item.text for item, _ in opened.marked() if item.text and not held_out(item)))
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text("".join(json.dumps({"text": text, "known": ["politics"]}) + "\n" for text in sorted(measured)))
+    read: list[set[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "training.pipeline._budget", lambda documents, *_: read.append({d.text for d in documents}) or 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            refresh(workshop, trained, spool, tmp_path / "out", dev=[dev])
+    assert len(measured) == 5
+    assert read[0]
+    assert not read[0] & measured
+
+
+def test_drifted_traffic_that_nobody_marked_can_be_trained_on(
+    workshop: Workshop, trained: Trained, tmp_path: Path
+) -> None:
+    spool = spool_of(tmp_path / "spool.db", trained.bank, texts=True, marked=0)
+    found = refresh(workshop, trained, spool, tmp_path / "out", retrain=lambda *_: Bank.load(trained.out))
+    assert found.report["spool"]["marked"] == 0
+    assert found.report["retrained"] is True
 
 
 def test_without_texts_the_error_says_that_the_server_must_keep_them(

@@ -50,8 +50,8 @@ def work_off_tables(
                 yield row
     except ray.data.exceptions.ExecutionTimeoutError as e:
         raise DataError(
-            f"the cluster has finished nothing for {STILL_SECONDS / 3600:g} hours: it has no room, or workers end at what "
-            f"they are given, perhaps for lack of memory; {kept}: run the same command again"
+            f"the cluster has finished nothing for {STILL_SECONDS / 3600:g} hours: it has no room, or workers end at "
+            f"what they are given, perhaps for lack of memory; {kept}: run the same command again"
         ) from e
     except ray.exceptions.RayError as e:
         reason = " ".join(str(e).split())[-400:]
