@@ -167,6 +167,14 @@ class Spool:
         return cls(open_for_writing(path, KIND), path)
 
     @classmethod
+    def open_existing(cls, path: str | Path) -> Self:
+        """Open the file for writing, as who marks or removes items does. Raises SpoolError if it is not there."""
+        path = Path(path).absolute()
+        if not path.exists():
+            raise spool_error(path, f"it does not exist; {KIND.maker}")
+        return cls.open_for_writing(path)
+
+    @classmethod
     def open_for_reading(cls, path: str | Path) -> Self:
         """Open the file, which a server may be writing. Raises SpoolError if it is not there or is not a spool."""
         path = Path(path).absolute()
@@ -263,6 +271,12 @@ class Spool:
         for item in self.items(Selection(**{**values, "marked": True})):
             assert item.id is not None
             yield item, {mark.domain: mark.label(item) for mark in self.marks(item.id)}
+
+    def holds_texts(self) -> bool:
+        """Whether the text of any item is kept."""
+        with self.connected():
+            found = self._connection.execute("SELECT 1 FROM items WHERE text IS NOT NULL LIMIT 1").fetchone()
+        return found is not None
 
     def statistics(self) -> dict[str, Any]:
         """Count the items and marks: in all, by what they say and by the versions that said it."""

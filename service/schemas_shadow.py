@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from feature_bank.intervals import wilson
+
 if TYPE_CHECKING:
     from service.spool import Kept
 
@@ -80,9 +82,19 @@ class ShadowStatus(BaseModel):
     """What has been counted of a candidate in this process."""
 
     candidate: str
+    beside: str | None = Field(
+        description="The bank whose decisions were compared, null before the first text. With another one all counts "
+        "begin anew."
+    )
+    stopped: str | None = Field(
+        description="Why the candidate judges no more, null while it does: a bank with other features is in use. The "
+        "counts are those from before."
+    )
     texts: int = Field(description="Texts, prompts and answers that both have judged.")
     errors: int
-    skipped: int = Field(description="Texts that were too long, or came faster than the shadow judges.")
+    skipped: int = Field(
+        description="Texts that were too long, came faster than the shadow judges, or still waited when it stopped."
+    )
     domains: dict[str, ShadowCount]
     latest: list[ShadowDisagreement]
 
@@ -99,7 +111,5 @@ def rate_of(count: int, texts: int) -> ShadowRate:
     """A share with Wilson's 95 % interval."""
     if not texts:
         return ShadowRate(count=count, rate=None, low=None, high=None)
-    p, z = count / texts, 1.96
-    centre = (p + z * z / (2 * texts)) / (1 + z * z / texts)
-    margin = z * ((max(p * (1 - p), 0.0) + z * z / (4 * texts)) / texts) ** 0.5 / (1 + z * z / texts)
-    return ShadowRate(count=count, rate=p, low=max(0.0, centre - margin), high=min(1.0, centre + margin))
+    low, high = wilson(count, texts)
+    return ShadowRate(count=count, rate=count / texts, low=low, high=high)

@@ -18,6 +18,7 @@ from feature_bank.bank import WEIGHTS, Bank
 from feature_bank.errors import BankError
 from feature_bank.spool import MAX_TOKENS
 from guard.stream_judge import StreamJudge
+from service.failures import FailureLog
 from service.schemas_shadow import ShadowCount, ShadowDisagreement, ShadowStatus, rate_of
 
 if TYPE_CHECKING:
@@ -54,10 +55,26 @@ class _Run:
 
     def __init__(self, bank: Bank) -> None:
         self.bank = bank
+        self.beside: str | None = None
+        """The version of the bank whose decisions are compared with the candidate's."""
+        self.stopped: str | None = None
+        """Why the candidate judges no more."""
+        self._hash = ""
         self.texts = self.errors = self.skipped = 0
         self.counts: Counter[tuple[str, str]] = Counter()
         self.latest: deque[ShadowDisagreement] = deque(maxlen=LATEST)
         self._judges: dict[str, StreamJudge] = {}
+
+    def counts_beside(self, current: Bank) -> bool:
+        """Whether what is counted is counted beside this bank."""
+        return self._hash == current.content_hash
+
+    def begin(self, current: Bank) -> None:
+        """Count beside this bank from now on: what was counted beside another one says nothing of it."""
+        self.texts = self.errors = self.skipped = 0
+        self.counts.clear()
+        self.latest.clear()
+        self.beside, self._hash = current.version, current.content_hash
 
     def flagged(self, kept: Kept, acts: Acts) -> frozenset[str]:
         """The domains in which the candidate flags what was judged, under the same policy."""
@@ -85,6 +102,7 @@ class Shadow:
     def __init__(self, metrics: Metrics, logger: Any) -> None:
         self._metrics = metrics
         self._logger = logger
+        self._failures = FailureLog(logger, "the shadow failed on a text")
         self._lock = threading.Lock()
         self._run: _Run | None = None
         self._queue: queue.Queue[tuple[_Run, Kept] | None] = queue.Queue(_WAITING)
@@ -92,8 +110,8 @@ class Shadow:
 
     @property
     def on(self) -> bool:
-        """Whether there is a candidate."""
-        return self._run is not None
+        """Whether there is a candidate that judges."""
+        return self._judging() is not None
 
     def start(self, bank: Bank) -> None:
         """Judge by this candidate from now on; what was counted of another is forgotten."""
@@ -110,7 +128,7 @@ class Shadow:
 
     def offer(self, kept: Kept) -> None:
         """Have it judged by the candidate, if there is room. Returns at once and never fails."""
-        run = self._run
+        run = self._judging()
         if run is None:
             return
         try:
@@ -141,6 +159,8 @@ class Shadow:
             }
             return ShadowStatus(
                 candidate=run.bank.version,
+                beside=run.beside,
+                stopped=run.stopped,
                 texts=run.texts,
                 errors=run.errors,
                 skipped=run.skipped,
@@ -148,24 +168,52 @@ class Shadow:
                 latest=list(reversed(run.latest)),
             )
 
+    def _judging(self) -> _Run | None:
+        run = self._run
+        return None if run is None or run.stopped is not None else run
+
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             run, kept = work
             try:
-                self._judge(run, kept)
+                if self._fits(run, kept.bank):
+                    self._judge(run, kept)
+                else:
+                    self._count(run, "skipped")
             except Exception as error:  # noqa: BLE001 - the candidate is on trial, not the answer
                 self._count(run, "error")
-                self._logger.error("the shadow failed on a text", candidate=run.bank.version, error=str(error))
+                self._failures.add(error, candidate=run.bank.version)
+
+    def _fits(self, run: _Run, current: Bank) -> bool:
+        """Whether the candidate can judge what this bank has judged.
+
+        Another bank than before begins a new count, and one with other features stops the shadow: it could judge none
+        of the texts to come.
+        """
+        if run.stopped is not None:
+            return False
+        if run.counts_beside(current):
+            return True
+        try:
+            check_same_rows(current, run.bank)
+        except BankError as error:
+            with self._lock:
+                run.stopped = str(error)
+            self._logger.error("shadow stopped", candidate=run.bank.version, reason=run.stopped)
+            return False
+        with self._lock:
+            run.begin(current)
+        return True
 
     def _judge(self, run: _Run, kept: Kept) -> None:
         acts = kept.acts()
         if acts is None or len(acts.segments) >= MAX_TOKENS:  # the rest of what decided may have been cut off
             self._count(run, "skipped")
             return
-        check_same_rows(kept.bank, run.bank)
         current = frozenset(kept.flagged)
         candidate = run.flagged(kept, acts)
         self._count(run, "judged")
+        self._failures.over()
         for kind, domains in (("only_current", current - candidate), ("only_candidate", candidate - current)):
             for domain in sorted(domains):
                 self._metrics.count_shadow_disagreement(domain, kind)

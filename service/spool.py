@@ -227,7 +227,7 @@ class Spooled:
 
 def open_spool(settings: Settings, metrics: Metrics, logger: Any) -> Spooling:
     """The spool of the settings. Raises SpoolError for a file that is no spool or cannot be written, and for texts that
-    would be kept for ever."""
+    would be kept for ever: new ones, and those that the file holds from before."""
     if settings.spool is None:
         return NoSpool()
     if settings.spool_text and not settings.spool_days:

@@ -6,7 +6,6 @@ Nobody waits for it. What comes while too much waits, or cannot be written, is d
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections import deque
@@ -14,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from feature_bank.errors import SailguardError
 from feature_bank.spool import Acts, Spool, SpoolItem, spool_error
 from feature_bank.spool_retention import remove_beyond, remove_older
+from service.failures import FailureLog
 from service.file_place import FilePlace
 from service.spool_drift import Drift, DriftMetrics
 
@@ -33,7 +32,6 @@ _OLD_SECONDS = 600.0
 _SIZE_SECONDS = 5.0
 _SHOW_SECONDS = 5.0
 _CLOSE_SECONDS = 15.0
-_LOG_SECONDS = 10.0
 _DAY = 86400.0
 
 
@@ -51,7 +49,8 @@ class SpoolWriter:
     """Writes items to the file at `path` on a thread of its own.
 
     Items older than `days` are removed, and the oldest ones that nobody has marked while the file holds more than
-    `most` bytes; 0 removes nothing. `logger` is a structlog logger. Raises SpoolError if the file cannot be opened.
+    `most` bytes; 0 removes nothing. `logger` is a structlog logger. Raises SpoolError if the file cannot be opened, or
+    holds texts that would stay for ever, `days` being 0.
     """
 
     def __init__(
@@ -70,17 +69,15 @@ class SpoolWriter:
         self._days = days
         self._most = most
         self._metrics = metrics
-        self._logger = logger
         self._clock = clock
         self._drift = Drift(metrics)
+        self._failures = FailureLog(logger, "spool not written")
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Kept, int]] = deque()
         self._bytes = 0
         self._closing = False
         self._old_at = self._size_at = self._show_at = time.monotonic()
-        self._failures = 0
-        self._logged_at = -math.inf
-        self._spool: Spool | None = Spool.open_for_writing(self._path)
+        self._spool: Spool | None = _opened(self._path, days)
         self._place = FilePlace(self._path, spool_error)
         self._thread = threading.Thread(target=self._run, name="sailguard-spool", daemon=True)
         self._thread.start()
@@ -140,13 +137,12 @@ class SpoolWriter:
         if not items:
             return
         try:
-            self._place.check()
             self._connect().add(items)
         except Exception as error:  # noqa: BLE001 - it is counted and logged, and the thread lives on
             self._trouble(error, len(items))
             self._disconnect()
             return
-        self._failures = 0
+        self._failures.over()
         for item in items:
             self._metrics.count_spool_item(item.why)
 
@@ -172,7 +168,6 @@ class SpoolWriter:
             if now >= self._old_at:
                 self._old_at = now + _OLD_SECONDS
             if self._most and now >= self._size_at:
-                self._place.check()
                 while remove_beyond(self._connect(), self._most) and not self._waiting:
                     pass
                 self._size_at = now + _SIZE_SECONDS
@@ -184,13 +179,14 @@ class SpoolWriter:
     def _trouble(self, error: Exception, items: int) -> None:
         for _ in range(items):
             self._metrics.count_spool_drop("error")
-        self._failures += 1
-        now = time.monotonic()
-        if self._logger is not None and now - self._logged_at >= _LOG_SECONDS:
-            self._logged_at = now
-            self._logger.error("spool not written", reason=_reason(error), failures=self._failures)
+        self._failures.add(error)
 
     def _connect(self) -> Spool:
+        """The file, open. Raises SpoolError if it is not where it was.
+
+        One made anew in its place would leave a log there, which damages the old one once that is put back.
+        """
+        self._place.check()
         if self._spool is None:
             self._spool = Spool.open_for_writing(self._path)
         return self._spool
@@ -202,6 +198,17 @@ class SpoolWriter:
             self._spool = None
 
 
-def _reason(error: Exception) -> str:
-    """What the log may say: the messages of others' errors could quote a text."""
-    return str(error) if isinstance(error, SailguardError) else type(error).__name__
+def _opened(path: Path, days: int) -> Spool:
+    spool = Spool.open_for_writing(path)
+    try:
+        if not days and spool.holds_texts():
+            raise spool_error(
+                path,
+                "it holds texts from before, which are kept for a limited time only: set SAILGUARD_SPOOL_DAYS to 1 or "
+                "more, or first remove the items that are older than a day with `sailguard spool prune --days 1 --file "
+                "FILE`",
+            )
+    except BaseException:
+        spool.close()
+        raise
+    return spool

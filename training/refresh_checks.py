@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from feature_bank.bank import Bank
+from feature_bank.intervals import wilson
 from feature_bank.schema import HeadRecord, Pooling
 from training.calibration import BoolArray
 from training.corpus import OWN_SOURCE, Document
@@ -109,10 +110,8 @@ def share(reached: BoolArray) -> dict[str, Any]:
     n = len(reached)
     if not n:
         return {"value": None, "low": None, "high": None, "n": 0}
-    p, z = float(reached.mean()), 1.96
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    margin = z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5 / (1 + z * z / n)
-    return {"value": p, "low": max(0.0, centre - margin), "high": min(1.0, centre + margin), "n": n}
+    low, high = wilson(int(reached.sum()), n)
+    return {"value": float(reached.mean()), "low": low, "high": high, "n": n}
 
 
 def check_items(

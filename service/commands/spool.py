@@ -19,6 +19,7 @@ __all__ = ["build_app"]
 
 _DAY = 86400.0
 _MEGABYTE = 1024 * 1024
+_LARGEST = 2**63 - 1  # what SQLite counts to
 
 
 class MarkChoice(StrEnum):
@@ -39,7 +40,7 @@ class WhyChoice(StrEnum):
 FileOption = Annotated[
     Path, typer.Option("--file", metavar="FILE", envvar="SAILGUARD_SPOOL", help="The file of the setting `spool`.")
 ]
-ItemArgument = Annotated[int, typer.Argument(metavar="ITEM", min=1, help="Number of the item.")]
+ItemArgument = Annotated[int, typer.Argument(metavar="ITEM", min=1, max=_LARGEST, help="Number of the item.")]
 
 
 def build_app() -> typer.Typer:
@@ -56,7 +57,9 @@ def build_app() -> typer.Typer:
 def list_items(
     file: FileOption,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many at most.")] = 50,
-    before: Annotated[int | None, typer.Option(metavar="ITEM", min=1, help="Only items before this one.")] = None,
+    before: Annotated[
+        int | None, typer.Option(metavar="ITEM", min=1, max=_LARGEST, help="Only items before this one.")
+    ] = None,
     why: Annotated[WhyChoice | None, typer.Option(help="Only those kept for this.")] = None,
     flagged: Annotated[str | None, typer.Option(metavar="DOMAIN", help="Only those flagged for it.")] = None,
     marked: Annotated[
@@ -141,11 +144,9 @@ def mark(
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why.")] = "",
 ) -> None:
     """Say of an item whether it was judged rightly. Nothing is overwritten: the last mark of a domain counts."""
-    from feature_bank.spool import Spool, SpoolError
+    from feature_bank.spool import Spool
 
-    if not file.exists():
-        raise SpoolError(f"spool file {str(file)!r}: it does not exist")
-    with Spool.open_for_writing(file) as spool:
+    with Spool.open_existing(file) as spool:
         made = spool.mark(item, domain, said.value, reviewer=reviewer, reason=reason)
     typer.echo(f"item {made.item}, {made.domain}: {made.mark}")
 
@@ -184,7 +185,9 @@ def stats(file: FileOption, as_json: JsonOption = False) -> None:
 
 def prune(
     file: FileOption,
-    days: Annotated[int | None, typer.Option("--days", min=1, help="How many days of items are kept.")] = None,
+    days: Annotated[
+        int | None, typer.Option("--days", min=1, max=_LARGEST, help="How many days of items are kept.")
+    ] = None,
     megabytes: Annotated[
         int | None,
         typer.Option("--max-megabytes", min=1, help="Remove the oldest unmarked items until the file holds this much."),
@@ -192,14 +195,12 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Remove items a few at a time, while the server goes on: those that are too old, or too many."""
-    from feature_bank.spool import Spool, SpoolError
+    from feature_bank.spool import Spool
     from feature_bank.spool_retention import prune as remove
 
     if days is None and megabytes is None:
         raise typer.BadParameter("say what is kept: --days or --max-megabytes")
-    if not file.exists():
-        raise SpoolError(f"spool file {str(file)!r}: it does not exist")
-    with Spool.open_for_writing(file) as spool:
+    with Spool.open_existing(file) as spool:
         removed = remove(
             spool,
             before=None if days is None else time.time() - days * _DAY,

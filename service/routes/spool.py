@@ -70,7 +70,7 @@ async def add_mark(
     path = _file(request)
 
     def mark() -> Mark:
-        with Spool.open_for_writing(path) as spool:
+        with Spool.open_existing(path) as spool:
             found = spool.item(item)
             if found is None:
                 raise ApiError(404, f"There is no item {item} in the spool.", param="item", code="item_not_found")

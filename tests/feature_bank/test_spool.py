@@ -192,6 +192,23 @@ def test_what_is_no_spool_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
         Spool.open_for_reading(tmp_path / "none.db")
 
 
+def test_a_file_that_has_to_be_there_is_not_made(path: Path) -> None:
+    with pytest.raises(SpoolError, match="does not exist"):
+        Spool.open_existing(path)
+    assert not path.parent.exists()
+    Spool.open_for_writing(path).close()
+    with Spool.open_existing(path) as spool:
+        assert spool.add([item()]) == 1
+
+
+def test_a_file_tells_whether_it_holds_texts(path: Path) -> None:
+    with Spool.open_for_writing(path) as spool:
+        spool.add([item(), item()])
+        assert not spool.holds_texts()
+        spool.add([item(text=""), item()])
+        assert spool.holds_texts()
+
+
 def test_a_reader_cannot_write(path: Path) -> None:
     Spool.open_for_writing(path).close()
     with Spool.open_for_reading(path) as spool, pytest.raises(SpoolError, match="readonly"):

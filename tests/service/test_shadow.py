@@ -3,6 +3,7 @@ it fails."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,9 @@ def with_intercept(bank: Bank, folder: Path, intercept: float) -> Bank:
     )
 
 
-def kept(bank: Bank, *, flagged: bool, streamed: bool = False, tokens: int = 20) -> Kept:
+def kept(
+    bank: Bank, *, flagged: bool, streamed: bool = False, tokens: int = 20, seen: Callable[[], None] | None = None
+) -> Kept:
     engine: Any = SimpleNamespace(bank=bank, policy=POLICY, bank_version=bank.version)
     verdict: Any = SimpleNamespace(domain="politics", action="flag", token_index=0)
     return Kept(
@@ -60,9 +63,16 @@ def kept(bank: Bank, *, flagged: bool, streamed: bool = False, tokens: int = 20)
         verdicts=[verdict] if flagged else [],
         scores={"politics": 1.0 if flagged else 0.0},
         sampled=True,
-        seen=Acts(np.zeros(tokens, dtype=np.int64), np.full((tokens, len(bank.features)), 0.5, dtype=np.float32)),
+        seen=seen
+        or Acts(np.zeros(tokens, dtype=np.int64), np.full((tokens, len(bank.features)), 0.5, dtype=np.float32)),
         text="never shown",
     )
+
+
+def watched() -> tuple[Shadow, Any]:
+    """A shadow, and what it logs; who asks for it closes it."""
+    log = structlog.testing.CapturingLogger()
+    return Shadow(Metrics(), structlog.wrap_logger(log, processors=[])), log
 
 
 @pytest.fixture
@@ -136,6 +146,83 @@ def test_an_error_is_counted_and_the_shadow_goes_on(
         wait(lambda: counted(shadow, "errors") == 1)
     shadow.offer(kept(banks[0], flagged=True))
     wait(lambda: counted(shadow, "texts") == 1)
+
+
+def test_failures_are_logged_seldom_and_without_what_others_say_in_them(
+    banks: tuple[Bank, Bank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("never shown")
+
+    monkeypatch.setattr("service.shadow.StreamJudge", fail)
+    shadow, log = watched()
+    shadow.start(banks[1])
+    for _ in range(5):
+        shadow.offer(kept(banks[0], flagged=True))
+    wait(lambda: counted(shadow, "errors") == 5)
+    shadow.close()
+    (call,) = log.calls
+    assert call.kwargs["reason"] == "ValueError"
+    assert call.kwargs["candidate"] == banks[1].version
+
+
+def test_counts_are_of_one_current_bank_and_begin_anew_with_another(
+    shadow: Shadow, banks: tuple[Bank, Bank], tmp_path: Path
+) -> None:
+    current, candidate = banks
+    following = with_intercept(current, tmp_path / "following", 40.0)
+    assert following.content_hash != current.content_hash
+    shadow.start(candidate)
+    for _ in range(3):
+        shadow.offer(kept(current, flagged=True))
+    shadow.offer(kept(current, flagged=True, tokens=1024))
+    wait(lambda: counted(shadow, "texts") == 3 and counted(shadow, "skipped") == 1)
+    status = shadow.status()
+    assert status is not None
+    assert status.beside == current.version
+    shadow.offer(kept(following, flagged=False))
+    wait(lambda: counted(shadow, "texts") == 1)
+    status = shadow.status()
+    assert status is not None
+    assert status.beside == following.version
+    assert (status.skipped, status.errors, status.latest, status.stopped) == (0, 0, [], None)
+    assert status.domains["politics"].only_current.count == 0
+
+
+def test_a_current_bank_with_other_features_stops_the_shadow_once_and_says_why(
+    banks: tuple[Bank, Bank], tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    current, candidate = banks
+    other = make_bank(tmp_path / "other", tiny_model, tiny_tokenizer, seed=3)
+    shadow, log = watched()
+    shadow.start(candidate)
+    shadow.offer(kept(current, flagged=True))
+    wait(lambda: counted(shadow, "texts") == 1)
+    go = threading.Event()
+    shadow.offer(kept(current, flagged=True, seen=lambda: go.wait(PATIENCE) and None))
+    for _ in range(5):  # which wait when the first of them stops it
+        shadow.offer(kept(other, flagged=True))
+    go.set()
+    wait(lambda: counted(shadow, "skipped") == 6)
+    status = shadow.status()
+    assert status is not None
+    assert status.stopped is not None
+    assert "the encoder rows" in status.stopped
+    assert other.version in status.stopped
+    assert (status.candidate, status.beside, status.texts, status.errors) == (candidate.version, current.version, 1, 0)
+    assert not shadow.on
+    shadow.offer(kept(current, flagged=True))
+    assert [(call.kwargs["candidate"], call.kwargs["reason"]) for call in log.calls] == [
+        (candidate.version, status.stopped)
+    ]
+    shadow.start(candidate)
+    assert shadow.on
+    shadow.offer(kept(current, flagged=True))
+    wait(lambda: counted(shadow, "texts") == 1)
+    assert getattr(shadow.status(), "stopped", "") is None
+    shadow.stop()
+    assert shadow.status() is None
+    shadow.close()
 
 
 def test_texts_of_which_a_part_was_cut_off_do_not_count(shadow: Shadow, banks: tuple[Bank, Bank]) -> None:

@@ -13,16 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from fastapi.testclient import TestClient
 
 from feature_bank.spool import Spool, SpoolError, SpoolItem
+from feature_bank.spool_retention import prune
 from guard.events import Verdict
 from guard.metrics import Metrics
-from service import spool_writer
+from service import failures, spool_writer
 from service.errors import SettingsError
 from service.settings import Settings
 from service.spool import Kept, NoSpool, open_spool
 from service.spool_writer import SpoolWriter
+from tests.feature_bank.test_spool import item
 
 PATIENCE = 20.0
 
@@ -174,6 +177,21 @@ def test_texts_are_not_kept_for_ever(path: Path, metrics: Metrics) -> None:
         Settings(spool_share=1.5)
 
 
+def test_texts_from_before_are_not_kept_for_ever_either(path: Path, metrics: Metrics) -> None:
+    unlimited = Settings(spool=path, spool_days=0)
+    open_spool(unlimited, metrics, None).close()  # a file without texts
+    with Spool.open_for_writing(path) as spool:
+        spool.add([item("old", text="a heron", unix=1000.0), item("other", unix=1000.0)])
+    with pytest.raises(SpoolError, match=r"holds texts.*SAILGUARD_SPOOL_DAYS.*spool prune --days 1") as caught:
+        open_spool(unlimited, metrics, None)
+    assert str(path) in str(caught.value)
+    assert [one.request_id for one in stored(path, 2)] == ["old", "other"]
+    open_spool(Settings(spool=path), metrics, None).close()  # 90 days: the texts have an end
+    with Spool.open_existing(path) as spool:
+        prune(spool, before=time.time() - 86400.0)  # as the message says
+    open_spool(unlimited, metrics, None).close()
+
+
 # ---- the writer ----------------------------------------------------------------------------------------------
 
 
@@ -301,6 +319,32 @@ def test_a_file_that_was_taken_away_is_not_written_to(
     spool.close()
     assert counted(metrics, "sailguard_spool_dropped_total", reason="error") == 1
     assert not path.exists()
+
+
+def test_where_a_file_was_taken_away_nothing_is_made_and_it_is_whole_once_it_is_back(
+    writer: Callable[..., SpoolWriter], engine: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_OLD_SECONDS", "_SIZE_SECONDS"):
+        monkeypatch.setattr(spool_writer, name, 0.01)
+    monkeypatch.setattr(failures, "_LOG_SECONDS", 0.0)
+    log = structlog.testing.CapturingLogger()
+    spool = writer(days=1, most=2**30, logger=structlog.wrap_logger(log, processors=[]))
+    spool.submit(kept(engine, 0))
+    stored(path, 1)
+    elsewhere = path.with_name("elsewhere.db")
+    path.rename(elsewhere)
+    spool.submit(kept(engine, 1))
+    before = len(log.calls)
+    until(lambda: len(log.calls) >= before + 5)  # it was refused, and removal was tried a few times
+    assert {call.kwargs["reason"] for call in log.calls} == {log.calls[0].kwargs["reason"]}
+    assert "put it back" in log.calls[0].kwargs["reason"]
+    assert not path.exists()
+    elsewhere.rename(path)
+    spool.submit(kept(engine, 2))
+    spool.close()
+    assert [one.request_id for one in stored(path, 2)] == ["req_0", "req_2"]
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 # ---- what is removed -----------------------------------------------------------------------------------------

@@ -82,3 +82,37 @@ def test_what_is_old_is_removed(path: Path) -> None:
     assert json.loads(done("prune", "--file", path, "--days", 2, "--json")) == {"removed": 1}
     with Spool.open_for_reading(path) as spool:
         assert [one.request_id for one in spool.items()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("show", 2**63),
+        ("mark", 2**63, "violence", "miss", "--reviewer", "Ann"),
+        ("list", "--before", 10**30),
+        ("prune", "--days", 10**400),
+    ],
+)
+def test_a_number_that_no_file_counts_to_is_wrong_input(path: Path, args: tuple[object, ...]) -> None:
+    result = run(*args, "--file", path)
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == EXIT_ERROR
+    assert "less than or equal to" in " ".join(result.stderr.split())
+
+
+def test_the_largest_number_is_one_like_others(path: Path) -> None:
+    largest = 2**63 - 1
+    assert [one["id"] for one in json.loads(done("list", "--file", path, "--json", "--before", largest))] == [2, 1]
+    result = run("show", largest, "--file", path)
+    assert result.exit_code == EXIT_ERROR
+    assert f"no item {largest}" in result.stderr
+    assert json.loads(done("prune", "--file", path, "--days", largest, "--json")) == {"removed": 0}
+
+
+def test_no_command_makes_a_file(path: Path) -> None:
+    nowhere = path.with_name("nowhere.db")
+    for args in (("list",), ("show", 1), ("stats",), ("prune", "--days", 1)):
+        result = run(*args, "--file", nowhere)
+        assert result.exit_code == EXIT_ERROR
+        assert "does not exist" in " ".join(result.stderr.split())
+    assert not nowhere.exists()

@@ -126,3 +126,13 @@ def test_a_file_that_is_damaged_is_a_conflict(start: Callable[..., TestClient], 
     path.write_bytes(b"not a database")
     answer = client.get(URL)
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "spool_not_usable")
+
+
+def test_a_mark_makes_no_file_where_there_is_none(start: Callable[..., TestClient], path: Path) -> None:
+    client = start()
+    path.rename(path.with_name("elsewhere.db"))
+    body = {"domain": "violence", "mark": "miss", "reviewer": "Ann"}
+    for answer in (client.post(f"{URL}/1/marks", json=body), client.get(URL)):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "spool_not_usable")
+        assert "does not exist" in answer.json()["error"]["message"]
+    assert not path.exists()
