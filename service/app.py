@@ -74,7 +74,7 @@ def create_app(
     runner = Runner(max_queue=settings.max_queue, metrics=metrics)
     slot = EngineSlot(started)
     keys = settings.key_ring()
-    shadow = Shadow(metrics, logger)
+    shadow = Shadow(metrics, logger, in_use=lambda: None if slot.engine is None else slot.engine.bank)
     others = Alone(metrics) if peers is None else peers(metrics, logger)
     services = Services(
         settings=settings,

@@ -93,7 +93,8 @@ class ShadowStatus(BaseModel):
     texts: int = Field(description="Texts, prompts and answers that both have judged.")
     errors: int
     skipped: int = Field(
-        description="Texts that were too long, came faster than the shadow judges, or still waited when it stopped."
+        description="Texts that were too long, came faster than the shadow judges, or were judged by a bank that has "
+        "been replaced or cannot be compared."
     )
     domains: dict[str, ShadowCount]
     latest: list[ShadowDisagreement]

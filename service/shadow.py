@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,8 +100,9 @@ class _Run:
 class Shadow:
     """The candidate, if there is one. All methods may be called from any thread."""
 
-    def __init__(self, metrics: Metrics, logger: Any) -> None:
+    def __init__(self, metrics: Metrics, logger: Any, *, in_use: Callable[[], Bank | None]) -> None:
         self._metrics = metrics
+        self._in_use = in_use
         self._logger = logger
         self._failures = FailureLog(logger, "the shadow failed on a text")
         self._lock = threading.Lock()
@@ -188,9 +190,10 @@ class Shadow:
         """Whether the candidate can judge what this bank has judged.
 
         Another bank than before begins a new count, and one with other features stops the shadow: it could judge none
-        of the texts to come.
+        of the texts to come. An answer that began under a bank that was replaced meanwhile does neither.
         """
-        if run.stopped is not None:
+        in_use = self._in_use()
+        if run.stopped is not None or in_use is None or in_use.content_hash != current.content_hash:
             return False
         if run.counts_beside(current):
             return True

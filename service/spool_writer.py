@@ -205,8 +205,7 @@ def _opened(path: Path, days: int) -> Spool:
             raise spool_error(
                 path,
                 "it holds texts from before, which are kept for a limited time only: set SAILGUARD_SPOOL_DAYS to 1 or "
-                "more, or first remove the items that are older than a day with `sailguard spool prune --days 1 --file "
-                "FILE`",
+                "more, or remove them with `sailguard spool prune --days 1 --file FILE` once they are older than a day",
             )
     except BaseException:
         spool.close()

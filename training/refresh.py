@@ -133,6 +133,7 @@ def refresh_bank(
             "domains": bank.heads.keys() & start.heads.keys(),
             "read": lambda texts: encode(of, texts, max_tokens=MAX_TOKENS),
             "texts_only": new_rows,
+            "apart": apart,
         }
         return read_items(taken.marked, spool, **reading), read_items(taken.unmarked, spool, **reading)
 
@@ -160,7 +161,7 @@ def refresh_bank(
     fixed = {name: check_fixed(sets[name], (before, was_seen[name]), (after, seen[name])) for name in sets}
     were = marked_and_not(bank) if new_rows else (items, unmarked)
     fresh = check_items((before, *were), (after, items, unmarked), rate=rate, judge=bank.content_hash)
-    changed = [domain for domain, found in refitted.items() if found.changed or new_rows]
+    changed = [domain for domain, found in refitted.items() if found.changed]
     candidate = _write(bank, start, folder, out / BANK, heads, corpora, _quality(start, fixed[TEST], changed))
     report("pack", 1, 1, str(out / BANK))
     problems = [
@@ -171,8 +172,8 @@ def refresh_bank(
         ),
         *(
             f"{domain}: no text that was not fitted on has a label for it, so that nothing tells whether it fell"
-            for domain in changed
-            if not any(domain in figures for figures in fixed.values())
+            for domain in bank.heads
+            if (new_rows or domain in changed) and not any(domain in figures for figures in fixed.values())
         ),
         *problems_of(fixed, fresh, margin=margin, rate=rate),
     ]

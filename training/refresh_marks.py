@@ -104,12 +104,14 @@ def read_items(
     domains: Collection[str],
     read: Reader,
     texts_only: bool = False,
+    apart: Collection[str] = (),
 ) -> Items:
     """What was taken of the spool at `path`, as a bank's features saw it.
 
     features: how many the bank has. hashes: content hashes of the banks whose features are the same as the bank's.
     Items of others are read anew from their texts, by `read`, or counted as skipped if these were not kept.
     domains: those that the bank has a head for. texts_only: read all from their texts, and skip those without.
+    apart: texts that are only measured on; items with them are skipped.
 
     Raises DataError for a damaged item.
     """
@@ -120,7 +122,9 @@ def read_items(
     for item, said in items:
         known = {domain: label for domain, label in said.items() if domain in domains}
         foreign = texts_only or item.content_hash not in hashes
-        if foreign and not item.text:
+        if item.text in apart:
+            skipped["whose text is measured on"] += 1
+        elif foreign and not item.text:
             skipped[NO_TEXT if texts_only else FOREIGN] += 1
         elif said and not known:
             skipped["marked in a domain that the bank has no head for"] += 1

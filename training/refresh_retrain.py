@@ -42,10 +42,7 @@ class Retraining:
         """
         traffic = work / TRAFFIC
         taken = traffic.exists()
-        if taken:
-            rows = len(traffic.read_text(encoding="utf-8").splitlines())
-        else:
-            rows = write_traffic(spool, traffic, bank.heads)
+        rows = traffic.read_bytes().count(b"\n") if taken else write_traffic(spool, traffic, bank.heads)
         if not rows:
             traffic.unlink()
             raise DataError(

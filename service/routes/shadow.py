@@ -64,7 +64,7 @@ async def set_shadow(body: ShadowRequest, request: Request) -> Response:
 def _report(services: Services, current: Bank) -> Response:
     status = services.shadow.status()
     promote = None
-    if status is not None and status.candidate != current.version:
+    if status is not None and status.stopped is None and status.candidate != current.version:
         in_store = store_at(services.reloader.files.bank) is not None
         promote = (
             f'POST /admin/bank/promote {{"version": "{status.candidate}"}}, once it is in the store: '

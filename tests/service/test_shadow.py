@@ -69,15 +69,32 @@ def kept(
     )
 
 
-def watched() -> tuple[Shadow, Any]:
-    """A shadow, and what it logs; who asks for it closes it."""
-    log = structlog.testing.CapturingLogger()
-    return Shadow(Metrics(), structlog.wrap_logger(log, processors=[])), log
+class InUse:
+    """The bank in use."""
+
+    def __init__(self) -> None:
+        self.bank: Bank | None = None
+
+    def __call__(self) -> Bank | None:
+        return self.bank
 
 
 @pytest.fixture
-def shadow() -> Any:
-    made = Shadow(Metrics(), structlog.wrap_logger(structlog.testing.CapturingLogger()))
+def in_use(banks: tuple[Bank, Bank]) -> InUse:
+    found = InUse()
+    found.bank = banks[0]
+    return found
+
+
+def watched(in_use: InUse) -> tuple[Shadow, Any]:
+    """A shadow, and what it logs; who asks for it closes it."""
+    log = structlog.testing.CapturingLogger()
+    return Shadow(Metrics(), structlog.wrap_logger(log, processors=[]), in_use=in_use), log
+
+
+@pytest.fixture
+def shadow(in_use: InUse) -> Any:
+    made = Shadow(Metrics(), structlog.wrap_logger(structlog.testing.CapturingLogger()), in_use=in_use)
     yield made
     made.close()
 
@@ -112,8 +129,10 @@ def test_counts_rates_and_the_latest_disagreements_are_right(
     assert "never shown" not in status.model_dump_json()
 
 
-def test_a_candidate_that_flags_more_is_told_apart(shadow: Shadow, banks: tuple[Bank, Bank], tmp_path: Path) -> None:
-    current = banks[1]
+def test_a_candidate_that_flags_more_is_told_apart(
+    shadow: Shadow, in_use: InUse, banks: tuple[Bank, Bank], tmp_path: Path
+) -> None:
+    current = in_use.bank = banks[1]
     shadow.start(with_intercept(current, tmp_path / "more", 40.0))
     shadow.offer(kept(current, flagged=False))
     shadow.offer(kept(current, flagged=False, streamed=True))
@@ -123,9 +142,11 @@ def test_a_candidate_that_flags_more_is_told_apart(shadow: Shadow, banks: tuple[
     assert status.domains["politics"].only_candidate.count == 2
 
 
-def test_the_same_bank_never_disagrees_with_itself_and_the_metrics_count(banks: tuple[Bank, Bank]) -> None:
+def test_the_same_bank_never_disagrees_with_itself_and_the_metrics_count(
+    banks: tuple[Bank, Bank], in_use: InUse
+) -> None:
     metrics = Metrics()
-    shadow = Shadow(metrics, structlog.wrap_logger(structlog.testing.CapturingLogger()))
+    shadow = Shadow(metrics, structlog.wrap_logger(structlog.testing.CapturingLogger()), in_use=in_use)
     shadow.start(banks[0])
     shadow.offer(kept(banks[0], flagged=True))
     shadow.offer(kept(banks[0], flagged=False))  # the policy flags everything: this one disagrees
@@ -149,13 +170,13 @@ def test_an_error_is_counted_and_the_shadow_goes_on(
 
 
 def test_failures_are_logged_seldom_and_without_what_others_say_in_them(
-    banks: tuple[Bank, Bank], monkeypatch: pytest.MonkeyPatch
+    banks: tuple[Bank, Bank], in_use: InUse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise ValueError("never shown")
 
     monkeypatch.setattr("service.shadow.StreamJudge", fail)
-    shadow, log = watched()
+    shadow, log = watched(in_use)
     shadow.start(banks[1])
     for _ in range(5):
         shadow.offer(kept(banks[0], flagged=True))
@@ -167,7 +188,7 @@ def test_failures_are_logged_seldom_and_without_what_others_say_in_them(
 
 
 def test_counts_are_of_one_current_bank_and_begin_anew_with_another(
-    shadow: Shadow, banks: tuple[Bank, Bank], tmp_path: Path
+    shadow: Shadow, in_use: InUse, banks: tuple[Bank, Bank], tmp_path: Path
 ) -> None:
     current, candidate = banks
     following = with_intercept(current, tmp_path / "following", 40.0)
@@ -180,30 +201,40 @@ def test_counts_are_of_one_current_bank_and_begin_anew_with_another(
     status = shadow.status()
     assert status is not None
     assert status.beside == current.version
+    in_use.bank = following
+    shadow.offer(kept(current, flagged=True))  # began before
+    wait(lambda: counted(shadow, "skipped") == 2)
+    assert counted(shadow, "texts") == 3
     shadow.offer(kept(following, flagged=False))
     wait(lambda: counted(shadow, "texts") == 1)
+    shadow.offer(kept(current, flagged=True))
+    wait(lambda: counted(shadow, "skipped") == 1)
     status = shadow.status()
     assert status is not None
     assert status.beside == following.version
-    assert (status.skipped, status.errors, status.latest, status.stopped) == (0, 0, [], None)
+    assert (status.texts, status.errors, status.latest, status.stopped) == (1, 0, [], None)
     assert status.domains["politics"].only_current.count == 0
 
 
 def test_a_current_bank_with_other_features_stops_the_shadow_once_and_says_why(
-    banks: tuple[Bank, Bank], tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+    banks: tuple[Bank, Bank], in_use: InUse, tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     current, candidate = banks
     other = make_bank(tmp_path / "other", tiny_model, tiny_tokenizer, seed=3)
-    shadow, log = watched()
+    shadow, log = watched(in_use)
     shadow.start(candidate)
     shadow.offer(kept(current, flagged=True))
     wait(lambda: counted(shadow, "texts") == 1)
-    go = threading.Event()
-    shadow.offer(kept(current, flagged=True, seen=lambda: go.wait(PATIENCE) and None))
+    shadow.offer(kept(other, flagged=True))  # of a bank that was replaced: it stops nothing
+    wait(lambda: counted(shadow, "skipped") == 1)
+    go, begun = threading.Event(), threading.Event()
+    shadow.offer(kept(current, flagged=True, seen=lambda: begun.set() or (go.wait(PATIENCE) and None)))
+    assert begun.wait(PATIENCE)
+    in_use.bank = other
     for _ in range(5):  # which wait when the first of them stops it
         shadow.offer(kept(other, flagged=True))
     go.set()
-    wait(lambda: counted(shadow, "skipped") == 6)
+    wait(lambda: counted(shadow, "skipped") == 7)
     status = shadow.status()
     assert status is not None
     assert status.stopped is not None
@@ -215,6 +246,7 @@ def test_a_current_bank_with_other_features_stops_the_shadow_once_and_says_why(
     assert [(call.kwargs["candidate"], call.kwargs["reason"]) for call in log.calls] == [
         (candidate.version, status.stopped)
     ]
+    in_use.bank = current
     shadow.start(candidate)
     assert shadow.on
     shadow.offer(kept(current, flagged=True))

@@ -157,3 +157,16 @@ def test_without_texts_the_error_says_that_the_server_must_keep_them(
     spool = spool_of(tmp_path / "spool.db", trained.bank, texts=False)
     with pytest.raises(DataError, match="--spool-text"):
         refresh(workshop, trained, spool, tmp_path / "out")
+
+
+def test_a_marked_text_that_is_measured_on_is_not_fitted_on(
+    workshop: Workshop, trained: Trained, tmp_path: Path
+) -> None:
+    spool = spool_of(tmp_path / "spool.db", trained.bank, texts=True)
+    with Spool.open_for_reading(spool) as opened:
+        texts = [item.text for item, _ in opened.marked()][:3]
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text("".join(json.dumps({"text": text, "known": ["politics"]}) + "\n" for text in texts))
+    found = refresh(workshop, trained, spool, tmp_path / "out", dev=[dev], retrain=None)
+    assert found.report["spool"]["marked"] == 24 - len(set(texts))
+    assert found.report["spool"]["skipped"] == {"whose text is measured on": len(set(texts))}
