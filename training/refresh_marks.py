@@ -37,7 +37,6 @@ Marked = tuple[SpoolItem, Mapping[str, bool]]
 class Taken:
     """What a spool held at one time: a live one goes on growing, and two banks are to be asked about the same items."""
 
-    path: Path
     marked: tuple[Marked, ...]
     unmarked: tuple[Marked, ...]
     """The newest, oldest first."""
@@ -92,7 +91,7 @@ def take_items(path: Path, *, most: int = UNMARKED) -> Taken:
         newest = reversed(spool.newest(Selection(marked=False), limit=most))
         found = (spool.item(item.id) for item in newest if item.id is not None)
         unmarked: tuple[Marked, ...] = tuple((item, {}) for item in found if item is not None)  # some may be gone
-    return Taken(path=path, marked=marked, unmarked=unmarked)
+    return Taken(marked=marked, unmarked=unmarked)
 
 
 def read_items(
